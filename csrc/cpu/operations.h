@@ -1,0 +1,24 @@
+// The operations over all chunks of a table, on several threads. Operands stand in the order of
+// each comment; values are sums over chunks in their order, the same for any number of threads.
+#pragma once
+
+#include "kernels.h"
+
+namespace ewc_fast::cpu {
+
+constexpr std::int64_t kChunk = 16384;
+
+struct Run {
+  const Kernels& kernels;
+  int threads;
+};
+
+double add_penalty_grad(const Table& table, Run run, double ewc_lambda);  // grad, param, F, a
+double penalty(const Table& table, Run run, double ewc_lambda);           // param, F, a
+void penalty_grad(const Table& table, Run run, double ewc_lambda);        // out, param, F, a
+void accumulate_square(const Table& table, Run run, double weight);       // F, grads
+double merge(const Table& table, Run run, double gamma);  // F, a, residual, new F, param
+void merge_online(const Table& table, Run run, double gamma);        // F, a, new F, param
+void proximal_step(const Table& table, Run run, double eta_lambda);  // param, F, a
+
+}  // namespace ewc_fast::cpu

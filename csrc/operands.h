@@ -1,0 +1,50 @@
+// The operands of one call: equal-length lists of tensors, seen as rows of raw pointers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace ewc_fast {
+
+enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
+constexpr int kDTypes = 4;
+constexpr int item_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+constexpr int kMaxOperands = 5;
+
+// The i-th tensor of every list. All have the same shape and the same dense strides, so that one
+// running index addresses the same element in each.
+struct Row {
+  std::array<void*, kMaxOperands> data{};
+  std::array<std::int64_t, kMaxOperands> step{};  // bytes from one element to the next
+  std::int64_t numel = 0;
+  std::int64_t samples = 1;         // per-sample gradients stacked in front
+  std::int64_t sample_stride = 0;   // elements from one sample's gradient to the next
+  DType dtype = DType::float32;     // of the parameters
+  int device = -1;                  // CUDA device index; -1 is the CPU
+
+  template <class T = void>
+  T* at(int operand, std::int64_t element) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data[operand]) + element * step[operand]);
+  }
+};
+
+// A piece of a row, the unit of work. Chunks depend on the shapes alone, never on the number of
+// threads, so sums over chunks in their order repeat bit for bit.
+struct Chunk {
+  std::int64_t row, offset, length;
+  std::int64_t before;  // elements in all chunks before this one
+};
+
+struct Table {
+  std::vector<Row> rows;
+  std::vector<Chunk> chunks;
+  std::int64_t elements = 0;
+};
+
+std::vector<Chunk> make_chunks(const std::vector<Row>& rows, std::int64_t max_length);
+
+}  // namespace ewc_fast

@@ -1,0 +1,51 @@
+// A plan remembers the operands of one operation between calls: it notices whether anything but an
+// address has changed, takes over new addresses, and holds the table the kernels walk.
+#pragma once
+
+#include <string>
+
+#include "tensor_reader.h"
+
+namespace ewc_fast {
+
+// What the core demands of an operand's dtype: the parameters' own; float for the state (double
+// beside double parameters); bfloat16 for the residual.
+enum class Role : std::uint8_t { parameter, state, residual };
+
+struct OperandSpec {
+  std::string name;  // for messages
+  Role role;
+  bool written;
+  bool stacked;  // may carry per-sample gradients in a leading dimension
+};
+
+class Plan {
+ public:
+  Plan(const TensorReader& reader, std::vector<OperandSpec> specs)
+      : reader_(reader), specs_(std::move(specs)) {}
+
+  // True where the lists hold tensors of the same form as those adopted; addresses are taken over.
+  // None stands for a list that its owner knows to be unchanged.
+  bool refresh(const pybind11::args& lists);
+  // Builds the table; throws where kernels could touch memory that the operands do not own.
+  void adopt(const pybind11::args& lists);
+
+  const Table& table() const { return table_; }
+
+ private:
+  const TensorView& view(std::size_t operand, std::size_t row) const {
+    return views_[operand * rows_ + row];
+  }
+  Row make_row(std::size_t row) const;
+  [[noreturn]] void refuse(std::size_t operand, std::size_t row, const std::string& why) const;
+  void check_written_apart() const;
+
+  const TensorReader& reader_;
+  std::vector<OperandSpec> specs_;
+  std::vector<TensorView> views_;  // operand-major
+  std::size_t rows_ = 0;
+  bool adopted_ = false;
+  Table table_;
+};
+
+}  // namespace ewc_fast

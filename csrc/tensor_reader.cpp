@@ -1,0 +1,83 @@
+#include "tensor_reader.h"
+
+#include <optional>
+#include <string>
+
+namespace py = pybind11;
+
+namespace ewc_fast {
+namespace {
+
+std::optional<DType> dtype_of(dlpack::DataType type) {
+  if (type.lanes != 1) return std::nullopt;
+  if (type.code == dlpack::kFloat && type.bits == 32) return DType::float32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return DType::float64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return DType::float16;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return DType::bfloat16;
+  return std::nullopt;
+}
+
+std::optional<DType> dtype_of(const std::string& name) {
+  if (name == "torch.float32") return DType::float32;
+  if (name == "torch.float64") return DType::float64;
+  if (name == "torch.float16") return DType::float16;
+  if (name == "torch.bfloat16") return DType::bfloat16;
+  return std::nullopt;
+}
+
+}  // namespace
+
+TensorReader::TensorReader(py::object exchange) : keep_alive_(std::move(exchange)) {
+  if (keep_alive_.is_none()) return;
+  const auto* header = static_cast<const dlpack::ExchangeHeader*>(
+      PyCapsule_GetPointer(keep_alive_.ptr(), dlpack::kCapsuleName));
+  if (header == nullptr) throw py::error_already_set();
+  if (header->major == 1) exchange_ = reinterpret_cast<const dlpack::Exchange*>(header);
+}
+
+bool TensorReader::read(PyObject* tensor, TensorView& view) const {
+  return exchange_ != nullptr ? read_exchange(tensor, view) : read_attributes(tensor, view);
+}
+
+bool TensorReader::read_exchange(PyObject* tensor, TensorView& view) const {
+  dlpack::Tensor found;
+  if (exchange_->tensor_from_object(tensor, &found) != 0) {
+    PyErr_Clear();  // no tensor, or one without storage: the caller says so in its own words
+    return false;
+  }
+  const std::optional<DType> dtype = dtype_of(found.dtype);
+  const auto device = found.device.type;
+  if (!dtype || (device != dlpack::kCPU && device != dlpack::kCUDA && device != dlpack::kCUDAHost))
+    return false;
+  view.data = static_cast<char*>(found.data) + found.byte_offset;
+  view.device = device == dlpack::kCUDA ? found.device.index : -1;
+  view.dtype = *dtype;
+  view.dims.resize(2 * static_cast<std::size_t>(found.ndim));
+  for (int i = 0; i < found.ndim; ++i) {
+    view.dims[i] = found.shape[i];
+    view.dims[found.ndim + i] = found.strides[i];
+  }
+  return true;
+}
+
+bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
+  try {
+    const std::optional<DType> dtype = dtype_of(std::string(py::str(tensor.attr("dtype"))));
+    const py::object device = tensor.attr("device");
+    const std::string device_type = py::cast<std::string>(device.attr("type"));
+    if (!dtype || (device_type != "cpu" && device_type != "cuda")) return false;
+    view.dtype = *dtype;
+    view.device = device_type == "cuda" ? py::cast<int>(device.attr("index")) : -1;
+    view.data = reinterpret_cast<void*>(py::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
+    view.dims.clear();
+    for (const py::handle size : py::tuple(tensor.attr("shape")))
+      view.dims.push_back(py::cast<std::int64_t>(size));
+    for (const py::handle stride : py::tuple(tensor.attr("stride")()))
+      view.dims.push_back(py::cast<std::int64_t>(stride));
+    return true;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
+}  // namespace ewc_fast

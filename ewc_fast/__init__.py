@@ -1,0 +1,1 @@
+"""Elastic Weight Consolidation for PyTorch."""
