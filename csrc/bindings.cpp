@@ -79,6 +79,7 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::arg("reader"), py::arg("specs"), py::keep_alive<1, 2>())
       .def("refresh", &Plan::refresh)
+      .def("accepts", &Plan::accepts)
       .def("adopt", &Plan::adopt);
 
   const auto def = [&m](const char* name, auto operation) {

@@ -83,6 +83,19 @@ bool Plan::refresh(const py::args& lists) {
   return true;
 }
 
+bool Plan::accepts(const py::args& lists) {
+  try {
+    adopt(lists);
+  } catch (const std::invalid_argument&) {
+    return false;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+  adopted_ = std::all_of(table_.rows.begin(), table_.rows.end(),
+                         [](const Row& row) { return row.device < 0; });
+  return adopted_;
+}
+
 void Plan::adopt(const py::args& lists) {
   adopted_ = false;
   if (lists.size() != specs_.size()) throw std::invalid_argument("wrong number of operand lists");

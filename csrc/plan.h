@@ -27,6 +27,9 @@ class Plan {
   // True where the lists hold tensors of the same form as those adopted; addresses are taken over.
   // None stands for a list that its owner knows to be unchanged.
   bool refresh(const pybind11::args& lists);
+  // Adopts the lists where they are all in order and on the CPU. False otherwise: whoever asks then
+  // finds out why and says it in the user's words.
+  bool accepts(const pybind11::args& lists);
   // Builds the table; throws where kernels could touch memory that the operands do not own.
   void adopt(const pybind11::args& lists);
 

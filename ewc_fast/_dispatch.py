@@ -1,0 +1,51 @@
+"""Which implementation runs: a pure function of what was asked for and what is there.
+
+==============  ==================================  =========================================
+``impl``        operands                            runs
+==============  ==================================  =========================================
+``"auto"``      dense, on the CPU                   ``"cpu"``: C++, vector code, threads
+``"auto"``      strided with gaps, or elsewhere     ``"reference"``: PyTorch
+``"cpu"``       dense, on the CPU                   ``"cpu"``, else an error
+``"cuda"``      dense, on a CUDA device             ``"cuda"`` if built with a kernel for the
+                                                    operation, else an error
+``"reference"`` any                                 ``"reference"``
+==============  ==================================  =========================================
+
+*Dense* means: all operands of a row have the same strides and fill their storage, in any order of
+dimensions (so ``channels_last`` is dense). The choice is made for each tensor of a list by itself.
+A backend asked for by name runs or raises; it never falls back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Impl = Literal["auto", "cpu", "cuda", "reference"]
+IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "reference")
+CUDA_OPERATIONS = frozenset({"add_penalty_grad_"})
+
+
+def choose(
+    requested: Impl, operation: str, device_type: str, dense: bool, cuda_unavailable: str | None
+) -> Impl:
+    """Return the implementation for one row of operands, or raise for one that can't run."""
+    if requested == "auto":
+        return "cpu" if device_type == "cpu" and dense else "reference"
+    if requested == "reference":
+        return "reference"
+    if device_type != requested:
+        raise ValueError(
+            f"impl={requested!r} works on {requested} tensors, got tensors on {device_type}; "
+            "move them, or use impl='auto'"
+        )
+    if not dense:
+        raise ValueError(
+            f"impl={requested!r} needs operands with equal strides that leave no gaps; "
+            "pass .contiguous() tensors, or use impl='auto'"
+        )
+    if requested == "cuda":
+        if cuda_unavailable is not None:
+            raise RuntimeError(f"impl='cuda' can't run: {cuda_unavailable}")
+        if operation not in CUDA_OPERATIONS:
+            raise RuntimeError(f"impl='cuda' has no kernel for {operation}; use impl='auto'")
+    return requested

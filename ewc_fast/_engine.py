@@ -1,0 +1,342 @@
+"""Runs the operations: validates, chooses an implementation for each row, calls it.
+
+Eager calls and the registered PyTorch operators both end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc_fast import _checks, reference
+from ewc_fast._checks import Operand, Operation, TensorList
+from ewc_fast._dispatch import CUDA_OPERATIONS, Impl, choose
+from ewc_fast._native import core, cuda_unavailable, reader
+
+_PARAMS = Operand("params", "param")
+_FISHER = Operand("fisher", "state")
+_ANCHOR = Operand("anchor", "state")
+
+ADD_PENALTY_GRAD = Operation(
+    "add_penalty_grad_", (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
+)
+PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR))
+PENALTY_GRAD = Operation(
+    "penalty_grad", (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
+)
+ACCUMULATE_SQUARE = Operation(
+    "accumulate_square_",
+    (Operand("fisher", "state", written=True), Operand("grads", "param", stacked=True)),
+)
+MERGE = Operation(
+    "merge_",
+    (
+        Operand("fisher", "state", written=True),
+        Operand("anchor", "state", written=True),
+        Operand("residual", "residual", written=True),
+        Operand("new_fisher", "state"),
+        _PARAMS,
+    ),
+)
+MERGE_ONLINE = Operation(
+    "merge_online_",
+    (
+        Operand("fisher", "state", written=True),
+        Operand("anchor", "state", written=True),
+        Operand("new_fisher", "state"),
+        _PARAMS,
+    ),
+)
+PROXIMAL_STEP = Operation(
+    "proximal_step_", (Operand("params", "param", written=True), _FISHER, _ANCHOR)
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that one implementation runs in one call."""
+
+    impl: Impl
+    lists: Sequence[TensorList]
+    core_plan: Any = None
+
+
+class Plan:
+    """Validation and addresses of one operation's operands, kept from call to call.
+
+    Give the same plan to every call of a training loop. Each call compares address, shape, strides,
+    dtype and device of every tensor with those of the call before: new addresses are taken over,
+    any other change validates everything anew. ``pinned`` names operands that the plan's owner
+    promises not to replace; they are not compared. A plan serves one thread at a time.
+    """
+
+    def __init__(self, pinned: Iterable[str] = ()) -> None:
+        self._pinned = frozenset(pinned)
+        self._operation: Operation | None = None
+        self._impl: Impl = "auto"
+        self._core_plan: Any = None
+
+    def groups(
+        self, operation: Operation, lists: Sequence[TensorList], requested: Impl
+    ) -> list[Group]:
+        """Return the validated rows, grouped by implementation and device."""
+        if (
+            self._operation is operation
+            and self._impl == requested
+            and self._core_plan.refresh(*self._compared(lists))
+        ):
+            return [Group("cpu", lists, self._core_plan)]
+        self._operation = None
+        groups = _validated_groups(operation, lists, requested)
+        if len(groups) == 1 and groups[0].impl == "cpu":
+            self._operation, self._impl = operation, requested
+            self._core_plan = groups[0].core_plan
+            self._is_pinned = [operand.name in self._pinned for operand in operation.operands]
+        return groups
+
+    def _compared(self, lists: Sequence[TensorList]) -> Sequence[TensorList | None]:
+        if not self._pinned:
+            return lists
+        return [
+            None if pinned else tensors
+            for pinned, tensors in zip(self._is_pinned, lists, strict=True)
+        ]
+
+
+def _validated_groups(
+    operation: Operation, lists: Sequence[TensorList], requested: Impl
+) -> list[Group]:
+    _checks.impl(requested)
+    if requested in ("auto", "cpu"):
+        core_plan = _core_plan(operation)
+        if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
+            return [Group("cpu", lists, core_plan)]
+    _checks.operands(operation, lists)
+    why_no_cuda = cuda_unavailable() if requested == "cuda" else None
+    rows: dict[tuple[Impl, torch.device], list[int]] = {}
+    for index, tensor in enumerate(lists[0]):
+        dense = _checks.dense(operation, lists, index)
+        chosen = choose(requested, operation.name, tensor.device.type, dense, why_no_cuda)
+        rows.setdefault((chosen, tensor.device), []).append(index)
+    groups = []
+    for (chosen, _), indices in rows.items():
+        picked = [[tensors[i] for i in indices] for tensors in lists]
+        core_plan = _core_plan(operation) if chosen in ("cpu", "cuda") else None
+        if core_plan is not None:
+            core_plan.adopt(*picked)
+        groups.append(Group(chosen, picked, core_plan))
+    return groups
+
+
+def _core_plan(operation: Operation) -> Any:
+    specs = [(o.name, o.role, o.written, o.stacked) for o in operation.operands]
+    return core.Plan(reader, specs)
+
+
+def _mark_written(operation: Operation, lists: Sequence[TensorList]) -> None:
+    """Tell autograd, which did not see the write."""
+    for operand, tensors in zip(operation.operands, lists, strict=True):
+        if operand.written:
+            torch.autograd.graph.increment_version(tensors)
+
+
+def run(
+    operation: Operation,
+    lists: Sequence[TensorList],
+    coefficient: float,
+    *,
+    native: Callable[[Any, float, int], float | None],
+    in_pytorch: Callable[..., Tensor | None],
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> list[float | Tensor]:
+    """Run one operation over all groups; return each group's value, where it has one."""
+    groups = (plan or Plan()).groups(operation, lists, impl)
+    values: list[float | Tensor] = []
+    for group in groups:
+        if group.impl == "cpu":
+            value: float | Tensor | None = native(
+                group.core_plan, coefficient, torch.get_num_threads()
+            )
+            _mark_written(operation, group.lists)
+        elif group.impl == "cuda":
+            value = _run_cuda(operation, group, coefficient)
+            _mark_written(operation, group.lists)
+        else:
+            value = in_pytorch(*group.lists)
+        if value is not None:
+            values.append(value)
+    return values
+
+
+def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
+    if operation.name not in CUDA_OPERATIONS:
+        raise RuntimeError(f"no CUDA kernel for {operation.name}")
+    device = group.lists[0][0].device
+    value = torch.empty((), dtype=torch.float64, device=device)
+    workspace = torch.empty(
+        core.cuda_workspace(group.core_plan), dtype=torch.float64, device=device
+    )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    core.cuda_add_penalty_grad(
+        group.core_plan, coefficient, value.data_ptr(), workspace.data_ptr(), stream
+    )
+    return value
+
+
+def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
+    """Add the groups' values into a float64 scalar on the first parameter's device."""
+    device = params[0].device if params else None
+    total: float | Tensor = 0.0
+    for value in values:
+        total = total + (value.to(device) if isinstance(value, Tensor) else value)
+    if isinstance(total, Tensor):
+        return total
+    return torch.tensor(total, dtype=torch.float64, device=device)
+
+
+def penalty(
+    params: TensorList,
+    fisher: TensorList,
+    anchor: TensorList,
+    ewc_lambda: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """See :func:`ewc_fast.functional.penalty`."""
+    in_pytorch = torch.no_grad()(partial(reference.penalty, ewc_lambda=ewc_lambda))
+    values = run(
+        PENALTY,
+        (params, fisher, anchor),
+        ewc_lambda,
+        native=core.penalty,
+        in_pytorch=in_pytorch,
+        impl=impl,
+    )
+    return _scalar(values, params)
+
+
+def penalty_grad(
+    params: TensorList, fisher: TensorList, anchor: TensorList, ewc_lambda: float
+) -> list[Tensor]:
+    """Return the penalty's gradient in the parameters' dtype."""
+    out = [torch.empty_like(p) for p in params]
+
+    def in_pytorch(out: TensorList, *others: TensorList) -> None:
+        for o, g in zip(out, reference.penalty_grad(*others, ewc_lambda=ewc_lambda), strict=True):
+            o.copy_(g)
+
+    run(
+        PENALTY_GRAD,
+        (out, params, fisher, anchor),
+        ewc_lambda,
+        native=core.penalty_grad,
+        in_pytorch=torch.no_grad()(in_pytorch),
+    )
+    return out
+
+
+def add_penalty_grad_(
+    grads: TensorList,
+    params: TensorList,
+    fisher: TensorList,
+    anchor: TensorList,
+    ewc_lambda: float,
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> Tensor:
+    """See :func:`ewc_fast.functional.add_penalty_grad_`."""
+    values = run(
+        ADD_PENALTY_GRAD,
+        (grads, params, fisher, anchor),
+        ewc_lambda,
+        native=core.add_penalty_grad,
+        in_pytorch=partial(reference.add_penalty_grad_, ewc_lambda=ewc_lambda),
+        impl=impl,
+        plan=plan,
+    )
+    return _scalar(values, params)
+
+
+def accumulate_square_(
+    fisher: TensorList,
+    grads: TensorList,
+    weight: float,
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> None:
+    """See :func:`ewc_fast.functional.accumulate_square_`."""
+    run(
+        ACCUMULATE_SQUARE,
+        (fisher, grads),
+        weight,
+        native=core.accumulate_square,
+        in_pytorch=partial(reference.accumulate_square_, weight=weight),
+        impl=impl,
+        plan=plan,
+    )
+
+
+def merge_(
+    fisher: TensorList,
+    anchor: TensorList,
+    residual: TensorList,
+    new_fisher: TensorList,
+    params: TensorList,
+    gamma: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """See :func:`ewc_fast.functional.merge_`."""
+    values = run(
+        MERGE,
+        (fisher, anchor, residual, new_fisher, params),
+        gamma,
+        native=core.merge,
+        in_pytorch=partial(reference.merge_, gamma=gamma),
+        impl=impl,
+    )
+    return _scalar(values, params)
+
+
+def merge_online_(
+    fisher: TensorList,
+    anchor: TensorList,
+    new_fisher: TensorList,
+    params: TensorList,
+    gamma: float,
+    impl: Impl = "auto",
+) -> None:
+    """See :func:`ewc_fast.functional.merge_online_`."""
+    run(
+        MERGE_ONLINE,
+        (fisher, anchor, new_fisher, params),
+        gamma,
+        native=core.merge_online,
+        in_pytorch=partial(reference.merge_online_, gamma=gamma),
+        impl=impl,
+    )
+
+
+def proximal_step_(
+    params: TensorList,
+    fisher: TensorList,
+    anchor: TensorList,
+    ewc_lambda: float,
+    lr: float,
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> None:
+    """See :func:`ewc_fast.functional.proximal_step_`."""
+    run(
+        PROXIMAL_STEP,
+        (params, fisher, anchor),
+        ewc_lambda * lr,
+        native=core.proximal_step,
+        in_pytorch=partial(reference.proximal_step_, ewc_lambda=ewc_lambda, lr=lr),
+        impl=impl,
+        plan=plan,
+    )

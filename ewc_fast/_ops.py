@@ -1,0 +1,99 @@
+"""The operations as PyTorch operators: schemas, fake kernels and autograd in one place.
+
+``torch.compile`` and ``torch.library.opcheck`` see these; eager calls skip the dispatcher, which
+costs more than the kernels on small tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc_fast import _engine
+
+_library = torch.library.Library("ewc_fast", "DEF")
+
+_SCHEMAS = {
+    "penalty": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) -> Tensor",
+    "penalty_grad": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) "
+    "-> Tensor[]",
+    "add_penalty_grad_": "(Tensor(a!)[] grads, Tensor[] params, Tensor[] fisher, Tensor[] anchor, "
+    "float ewc_lambda) -> Tensor",
+    "accumulate_square_": "(Tensor(a!)[] fisher, Tensor[] grads, float weight) -> ()",
+    "merge_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor(c!)[] residual, "
+    "Tensor[] new_fisher, Tensor[] params, float gamma) -> Tensor",
+    "merge_online_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor[] new_fisher, "
+    "Tensor[] params, float gamma) -> ()",
+    "proximal_step_": "(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, "
+    "float ewc_lambda, float lr) -> ()",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(_engine, _name), "CompositeExplicitAutograd")
+
+
+def _fake_value(*lists_and_scalars: Any) -> Tensor:
+    first: Sequence[Tensor] = lists_and_scalars[0]
+    return torch.empty((), dtype=torch.float64, device=first[0].device if first else None)
+
+
+def _fake_like_params(params: list[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(param) for param in params]
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+for _name, _fake in {
+    "penalty": _fake_value,
+    "penalty_grad": _fake_like_params,
+    "add_penalty_grad_": _fake_value,
+    "accumulate_square_": _fake_nothing,
+    "merge_": _fake_value,
+    "merge_online_": _fake_nothing,
+    "proximal_step_": _fake_nothing,
+}.items():
+    torch.library.register_fake(f"ewc_fast::{_name}", _fake, lib=_library)
+
+
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    params, fisher, anchor, ctx.ewc_lambda = inputs
+    ctx.count = len(params)
+    ctx.save_for_backward(*params, *fisher, *anchor)
+
+
+def _saved_operands(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    saved = list(ctx.saved_tensors)
+    count = ctx.count
+    return saved[:count], saved[count : 2 * count], saved[2 * count :]
+
+
+def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """d penalty / d theta = lambda F (theta - a), times the gradient from above."""
+    pulls = torch.ops.ewc_fast.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda)
+    no_grads: list[None] = [None] * ctx.count
+    return [pull * grad.to(pull) for pull in pulls], no_grads, no_grads, None
+
+
+def _penalty_grad_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    """The Hessian is diagonal: d pull / d theta = lambda F."""
+    _, fisher, _ = _saved_operands(ctx)
+    no_grads: list[None] = [None] * ctx.count
+    hessian = [
+        (ctx.ewc_lambda * f * g.to(f.dtype)).to(g.dtype)
+        for f, g in zip(fisher, grads, strict=True)
+    ]
+    return hessian, no_grads, no_grads, None
+
+
+torch.library.register_autograd(
+    "ewc_fast::penalty", _penalty_backward, setup_context=_save_operands, lib=_library
+)
+torch.library.register_autograd(
+    "ewc_fast::penalty_grad", _penalty_grad_backward, setup_context=_save_operands, lib=_library
+)
