@@ -21,10 +21,10 @@ struct Row {
   std::array<void*, kMaxOperands> data{};
   std::array<std::int64_t, kMaxOperands> step{};  // bytes from one element to the next
   std::int64_t numel = 0;
-  std::int64_t samples = 1;         // per-sample gradients stacked in front
-  std::int64_t sample_stride = 0;   // elements from one sample's gradient to the next
-  DType dtype = DType::float32;     // of the parameters
-  int device = -1;                  // CUDA device index; -1 is the CPU
+  std::int64_t samples = 1;        // per-sample gradients stacked in front
+  std::int64_t sample_stride = 0;  // elements from one sample's gradient to the next
+  DType dtype = DType::float32;    // of the parameters
+  int device = -1;                 // CUDA device index; -1 is the CPU
 
   template <class T = void>
   T* at(int operand, std::int64_t element) const {

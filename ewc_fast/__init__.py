@@ -1,1 +1,19 @@
-"""Elastic Weight Consolidation for PyTorch."""
+"""Elastic Weight Consolidation for PyTorch: fast, exact, a drop-in optimizer wrapper.
+
+>>> import torch, ewc_fast
+>>> model = torch.nn.Linear(784, 10)
+>>> ewc = ewc_fast.EWC(model, ewc_lambda=400.0)
+>>> optimizer = ewc_fast.EWCOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ewc)
+
+Train as usual with ``optimizer``; after each task, call ``ewc.consolidate(loader)``.
+"""
+
+from importlib.metadata import version as _version
+
+from ewc_fast import functional
+from ewc_fast.ewc import EWC
+from ewc_fast.fisher import fisher_diagonal
+from ewc_fast.optim import EWCOptimizer
+
+__version__ = _version("ewc-fast")
+__all__ = ["EWC", "EWCOptimizer", "fisher_diagonal", "functional"]

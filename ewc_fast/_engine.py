@@ -1,141 +1,32 @@
-"""Runs the operations: validates, chooses an implementation for each row, calls it.
+"""Runs the operations: each group of rows by the implementation chosen for it.
 
 Eager calls and the registered PyTorch operators both end here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ewc_fast import _checks, reference
-from ewc_fast._checks import Operand, Operation, TensorList
-from ewc_fast._dispatch import CUDA_OPERATIONS, Impl, choose
-from ewc_fast._native import core, cuda_unavailable, reader
-
-_PARAMS = Operand("params", "param")
-_FISHER = Operand("fisher", "state")
-_ANCHOR = Operand("anchor", "state")
-
-ADD_PENALTY_GRAD = Operation(
-    "add_penalty_grad_", (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
+from ewc_fast import reference
+from ewc_fast._checks import Operation, TensorList
+from ewc_fast._dispatch import CUDA_OPERATIONS, Impl
+from ewc_fast._native import core
+from ewc_fast._plan import (
+    ACCUMULATE_SQUARE,
+    ADD_PENALTY_GRAD,
+    MERGE,
+    MERGE_ONLINE,
+    PENALTY,
+    PENALTY_GRAD,
+    PROXIMAL_STEP,
+    Group,
+    Plan,
 )
-PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR))
-PENALTY_GRAD = Operation(
-    "penalty_grad", (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
-)
-ACCUMULATE_SQUARE = Operation(
-    "accumulate_square_",
-    (Operand("fisher", "state", written=True), Operand("grads", "param", stacked=True)),
-)
-MERGE = Operation(
-    "merge_",
-    (
-        Operand("fisher", "state", written=True),
-        Operand("anchor", "state", written=True),
-        Operand("residual", "residual", written=True),
-        Operand("new_fisher", "state"),
-        _PARAMS,
-    ),
-)
-MERGE_ONLINE = Operation(
-    "merge_online_",
-    (
-        Operand("fisher", "state", written=True),
-        Operand("anchor", "state", written=True),
-        Operand("new_fisher", "state"),
-        _PARAMS,
-    ),
-)
-PROXIMAL_STEP = Operation(
-    "proximal_step_", (Operand("params", "param", written=True), _FISHER, _ANCHOR)
-)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that one implementation runs in one call."""
-
-    impl: Impl
-    lists: Sequence[TensorList]
-    core_plan: Any = None
-
-
-class Plan:
-    """Validation and addresses of one operation's operands, kept from call to call.
-
-    Give the same plan to every call of a training loop. Each call compares address, shape, strides,
-    dtype and device of every tensor with those of the call before: new addresses are taken over,
-    any other change validates everything anew. ``pinned`` names operands that the plan's owner
-    promises not to replace; they are not compared. A plan serves one thread at a time.
-    """
-
-    def __init__(self, pinned: Iterable[str] = ()) -> None:
-        self._pinned = frozenset(pinned)
-        self._operation: Operation | None = None
-        self._impl: Impl = "auto"
-        self._core_plan: Any = None
-
-    def groups(
-        self, operation: Operation, lists: Sequence[TensorList], requested: Impl
-    ) -> list[Group]:
-        """Return the validated rows, grouped by implementation and device."""
-        if (
-            self._operation is operation
-            and self._impl == requested
-            and self._core_plan.refresh(*self._compared(lists))
-        ):
-            return [Group("cpu", lists, self._core_plan)]
-        self._operation = None
-        groups = _validated_groups(operation, lists, requested)
-        if len(groups) == 1 and groups[0].impl == "cpu":
-            self._operation, self._impl = operation, requested
-            self._core_plan = groups[0].core_plan
-            self._is_pinned = [operand.name in self._pinned for operand in operation.operands]
-        return groups
-
-    def _compared(self, lists: Sequence[TensorList]) -> Sequence[TensorList | None]:
-        if not self._pinned:
-            return lists
-        return [
-            None if pinned else tensors
-            for pinned, tensors in zip(self._is_pinned, lists, strict=True)
-        ]
-
-
-def _validated_groups(
-    operation: Operation, lists: Sequence[TensorList], requested: Impl
-) -> list[Group]:
-    _checks.impl(requested)
-    if requested in ("auto", "cpu"):
-        core_plan = _core_plan(operation)
-        if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
-            return [Group("cpu", lists, core_plan)]
-    _checks.operands(operation, lists)
-    why_no_cuda = cuda_unavailable() if requested == "cuda" else None
-    rows: dict[tuple[Impl, torch.device], list[int]] = {}
-    for index, tensor in enumerate(lists[0]):
-        dense = _checks.dense(operation, lists, index)
-        chosen = choose(requested, operation.name, tensor.device.type, dense, why_no_cuda)
-        rows.setdefault((chosen, tensor.device), []).append(index)
-    groups = []
-    for (chosen, _), indices in rows.items():
-        picked = [[tensors[i] for i in indices] for tensors in lists]
-        core_plan = _core_plan(operation) if chosen in ("cpu", "cuda") else None
-        if core_plan is not None:
-            core_plan.adopt(*picked)
-        groups.append(Group(chosen, picked, core_plan))
-    return groups
-
-
-def _core_plan(operation: Operation) -> Any:
-    specs = [(o.name, o.role, o.written, o.stacked) for o in operation.operands]
-    return core.Plan(reader, specs)
 
 
 def _mark_written(operation: Operation, lists: Sequence[TensorList]) -> None:

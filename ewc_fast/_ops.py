@@ -6,7 +6,7 @@ costs more than the kernels on small tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def _fake_nothing(*_: Any) -> None:
     return None
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "penalty": _fake_value,
     "penalty_grad": _fake_like_params,
     "add_penalty_grad_": _fake_value,
@@ -57,7 +57,8 @@ for _name, _fake in {
     "merge_": _fake_value,
     "merge_online_": _fake_nothing,
     "proximal_step_": _fake_nothing,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"ewc_fast::{_name}", _fake, lib=_library)
 
 
@@ -74,18 +75,18 @@ def _saved_operands(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """d penalty / d theta = lambda F (theta - a), times the gradient from above."""
+    """D penalty / d theta = lambda F (theta - a), times the gradient from above."""
     pulls = torch.ops.ewc_fast.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda)
     no_grads: list[None] = [None] * ctx.count
     return [pull * grad.to(pull) for pull in pulls], no_grads, no_grads, None
 
 
-def _penalty_grad_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _penalty_grad_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """The Hessian is diagonal: d pull / d theta = lambda F."""
     _, fisher, _ = _saved_operands(ctx)
     no_grads: list[None] = [None] * ctx.count
     hessian = [
-        (ctx.ewc_lambda * f * g.to(f.dtype)).to(g.dtype)
+        None if g is None else (ctx.ewc_lambda * f * g.to(f.dtype)).to(g.dtype)
         for f, g in zip(fisher, grads, strict=True)
     ]
     return hessian, no_grads, no_grads, None

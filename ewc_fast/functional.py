@@ -32,7 +32,7 @@ from ewc_fast import _checks, _engine
 from ewc_fast import _ops as _ops  # registers torch.ops.ewc_fast
 from ewc_fast._checks import as_list
 from ewc_fast._dispatch import Impl
-from ewc_fast._engine import Plan
+from ewc_fast._plan import PENALTY, Plan
 
 __all__ = [
     "Plan",
@@ -68,7 +68,7 @@ def penalty(
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
     ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
     if not torch.compiler.is_compiling():
-        _checks.operands(_engine.PENALTY, lists)
+        _checks.operands(PENALTY, lists)
     value: Tensor = torch.ops.ewc_fast.penalty(*lists, ewc_lambda)
     return value
 

@@ -163,10 +163,12 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
 }  // namespace
 }  // namespace ewc_fast::cpu
 
-#define EWC_FAST_KERNELS(name)                                                             \
-  {                                                                                        \
-    name, EWC_FAST_INSTANCES(add_penalty_grad), EWC_FAST_INSTANCES(penalty),               \
-        EWC_FAST_INSTANCES(penalty_grad), EWC_FAST_INSTANCES(accumulate_square),           \
-        EWC_FAST_INSTANCES(merge), EWC_FAST_INSTANCES(merge_online),                       \
-        EWC_FAST_INSTANCES(proximal_step)                                                  \
-  }
+#define EWC_FAST_KERNELS(name)            \
+  {name,                                  \
+   EWC_FAST_INSTANCES(add_penalty_grad),  \
+   EWC_FAST_INSTANCES(penalty),           \
+   EWC_FAST_INSTANCES(penalty_grad),      \
+   EWC_FAST_INSTANCES(accumulate_square), \
+   EWC_FAST_INSTANCES(merge),             \
+   EWC_FAST_INSTANCES(merge_online),      \
+   EWC_FAST_INSTANCES(proximal_step)}

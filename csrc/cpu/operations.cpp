@@ -48,9 +48,8 @@ double sum_chunks(const Table& table, int threads, Work work) {
 
 template <class Work>
 void visit_chunks(const Table& table, int threads, Work work) {
-  for_each_chunk(table, threads, [&](std::int64_t i) {
-    work(table.rows[table.chunks[i].row], table.chunks[i]);
-  });
+  for_each_chunk(table, threads,
+                 [&](std::int64_t i) { work(table.rows[table.chunks[i].row], table.chunks[i]); });
 }
 
 int index(DType dtype) { return static_cast<int>(dtype); }
@@ -82,9 +81,8 @@ void penalty_grad(const Table& table, Run run, double ewc_lambda) {
 
 void accumulate_square(const Table& table, Run run, double weight) {
   visit_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    run.kernels.accumulate_square[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                                    c.length, row.samples, row.sample_stride,
-                                                    weight);
+    run.kernels.accumulate_square[index(row.dtype)](
+        row.at(0, c.offset), row.at(1, c.offset), c.length, row.samples, row.sample_stride, weight);
   });
 }
 

@@ -17,7 +17,7 @@ double add_penalty_grad(const Table& table, Run run, double ewc_lambda);  // gra
 double penalty(const Table& table, Run run, double ewc_lambda);           // param, F, a
 void penalty_grad(const Table& table, Run run, double ewc_lambda);        // out, param, F, a
 void accumulate_square(const Table& table, Run run, double weight);       // F, grads
-double merge(const Table& table, Run run, double gamma);  // F, a, residual, new F, param
+double merge(const Table& table, Run run, double gamma);             // F, a, residual, new F, param
 void merge_online(const Table& table, Run run, double gamma);        // F, a, new F, param
 void proximal_step(const Table& table, Run run, double eta_lambda);  // param, F, a
 

@@ -15,8 +15,8 @@
 namespace ewc_fast::cuda {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kChunk = 16384;   // elements of one block; keeps 16-byte alignment
-constexpr int kRowsPerLaunch = 36;       // what fits into the 4 KB of kernel parameters
+constexpr std::int64_t kChunk = 16384;  // elements of one block; keeps 16-byte alignment
+constexpr int kRowsPerLaunch = 36;      // what fits into the 4 KB of kernel parameters
 constexpr int kBlocksPerLaunch = 320;
 
 template <int Operands>

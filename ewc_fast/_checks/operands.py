@@ -1,7 +1,4 @@
-"""What arguments must be, and every message a user meets when they are not.
-
-Everything here looks before anything is written: a call that raises has changed nothing.
-"""
+"""The lists of tensors that operations take."""
 
 from __future__ import annotations
 
@@ -12,11 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ewc_fast._dispatch import IMPLS
-
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-_LARGEST = torch.finfo(torch.float32).max
 
 TensorList = list[Tensor] | tuple[Tensor, ...]
 
@@ -72,7 +65,7 @@ def operands(operation: Operation, lists: Sequence[TensorList]) -> None:
 
 def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
     for operand, tensor in zip(operation.operands, row, strict=True):
-        _kind(f"{operand.name}[{index}]", tensor)
+        kind(f"{operand.name}[{index}]", tensor)
     roles = {operand.role: i for i, operand in reversed(list(enumerate(operation.operands)))}
     plain = next(i for i, operand in enumerate(operation.operands) if not operand.stacked)
     param = row[roles["param"]]
@@ -80,7 +73,7 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(
             f"{param_name}: expected a floating dtype (float32, float64, bfloat16, float16), "
-            f"got {_short(param.dtype)}; only such parameters have a Fisher information"
+            f"got {short(param.dtype)}; only such parameters have a Fisher information"
         )
     wanted = {
         "param": param.dtype,
@@ -91,9 +84,9 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
         name = f"{operand.name}[{index}]"
         if tensor.dtype != wanted[operand.role]:
             raise TypeError(
-                f"{name}: expected {_short(wanted[operand.role])} beside {param_name} of "
-                f"{_short(param.dtype)}, got {_short(tensor.dtype)}; convert it with "
-                f".to(torch.{_short(wanted[operand.role])})"
+                f"{name}: expected {short(wanted[operand.role])} beside {param_name} of "
+                f"{short(param.dtype)}, got {short(tensor.dtype)}; convert it with "
+                f".to(torch.{short(wanted[operand.role])})"
             )
         if tensor.device != row[plain].device:
             raise ValueError(
@@ -112,7 +105,8 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
             )
 
 
-def _kind(name: str, tensor: object) -> None:
+def kind(name: str, tensor: object) -> None:
+    """Raise unless ``tensor`` is a dense tensor."""
     if not isinstance(tensor, Tensor):
         remedy = "; run backward first, or leave this parameter out" if tensor is None else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{remedy}")
@@ -144,34 +138,6 @@ def dense(operation: Operation, lists: Sequence[TensorList], index: int) -> bool
     return True
 
 
-def impl(value: str) -> None:
-    """Raise unless ``impl`` names an implementation."""
-    if value not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {value!r}")
-
-
-def non_negative(name: str, value: float) -> float:
-    """Return ``value`` as a float; it must be at least 0 and finite in float32."""
-    number = _number(name, value)
-    if not 0 <= number <= _LARGEST:
-        raise ValueError(f"{name}: expected a number >= 0 and finite in float32, got {value!r}")
-    return number
-
-
-def gamma(value: float) -> float:
-    """Return ``gamma`` as a float in (0, 1]."""
-    number = _number("gamma", value)
-    if not 0 < number <= 1:
-        raise ValueError(f"gamma: expected a number in (0, 1] (1 forgets nothing), got {value!r}")
-    return number
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
-
-
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype's name without the module."""
     return str(dtype).removeprefix("torch.")

@@ -1,0 +1,44 @@
+"""What arguments must be, and every message a user meets when they are not.
+
+Everything here looks before anything is written: a call that raises has changed nothing.
+"""
+
+from ewc_fast._checks.arguments import gamma, impl, non_negative, one_of, positive_integer
+from ewc_fast._checks.operands import (
+    Operand,
+    Operation,
+    TensorList,
+    as_list,
+    dense,
+    operands,
+    state_dtype,
+)
+from ewc_fast._checks.parameters import (
+    STATE_FIELDS,
+    ewc_state,
+    grown_shape,
+    named_parameters,
+    new_fisher,
+    trainable_parameters,
+)
+
+__all__ = [
+    "STATE_FIELDS",
+    "Operand",
+    "Operation",
+    "TensorList",
+    "as_list",
+    "dense",
+    "ewc_state",
+    "gamma",
+    "grown_shape",
+    "impl",
+    "named_parameters",
+    "new_fisher",
+    "non_negative",
+    "one_of",
+    "operands",
+    "positive_integer",
+    "state_dtype",
+    "trainable_parameters",
+]

@@ -1,0 +1,51 @@
+"""Numbers and choices."""
+
+from __future__ import annotations
+
+import torch
+
+from ewc_fast._dispatch import IMPLS
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is among ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def impl(value: str) -> None:
+    """Raise unless ``impl`` names an implementation."""
+    one_of("impl", value, IMPLS)
+
+
+def non_negative(name: str, value: float) -> float:
+    """Return ``value`` as a float; it must be at least 0 and finite in float32."""
+    number = _number(name, value)
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"{name}: expected a number >= 0 and finite in float32, got {value!r}")
+    return number
+
+
+def gamma(value: float) -> float:
+    """Return ``gamma`` as a float in (0, 1]."""
+    number = _number("gamma", value)
+    if not 0 < number <= 1:
+        raise ValueError(f"gamma: expected a number in (0, 1] (1 forgets nothing), got {value!r}")
+    return number
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+
+
+def positive_integer(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value}")

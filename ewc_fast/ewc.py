@@ -1,0 +1,344 @@
+"""EWC: the one stateful object. What each parameter is worth, where it was, and the pull back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import _checks, functional
+from ewc_fast._dispatch import Impl
+from ewc_fast._springs import ActiveSprings, Spring
+from ewc_fast.fisher import fisher_diagonal
+
+FORMAT = 1
+
+
+class EWC:
+    r"""Elastic Weight Consolidation of a model's parameters.
+
+    .. math:: \text{penalty} = \frac\lambda2 \sum_i F_i (\theta_i - a_i)^2 + \lambda R
+
+    Before the first :meth:`consolidate` the penalty is exactly 0. Each consolidation takes the
+    Fisher information :math:`F_t` of a finished task at the current parameters and merges it:
+
+    ``anchor="merged"`` (default)
+        one penalty per task, exactly, at the cost of one:
+        :math:`F' = \gamma F + F_t`, :math:`a' = a + \frac{F_t}{F'}(\theta - a)`, and the constant
+        :math:`R' = \gamma R + \frac12 \sum \frac{\gamma F F_t}{F'}(\theta - a)^2`, so that
+        :math:`\sum_t \frac12 F_t(\theta - \theta_t)^2 = \frac12 F'(\theta - a')^2 + R'`.
+    ``anchor="latest"``
+        online EWC (Schwarz et al. 2018): :math:`F' = \gamma F + F_t`, :math:`a' = \theta`, R = 0;
+        with ``gamma=1`` the form that Huszar (2018) derives.
+
+    Parameters
+    ----------
+    model
+        A module, or an iterable of ``(name, parameter)`` pairs. Parameters must be floating;
+        frozen ones are constants until they are unfrozen.
+    ewc_lambda
+        Strength :math:`\lambda \ge 0` of the paper, with its one half. Assign at any time.
+    gamma
+        Decay of old Fisher information at each consolidation, in (0, 1]; 1 keeps all.
+    anchor
+        ``"merged"`` or ``"latest"``, see above.
+    impl
+        Implementation of the in-place operations, see :mod:`ewc_fast._dispatch`.
+
+    Memory: 10 bytes a parameter (float32 Fisher and anchor, bfloat16 residual), whatever the number
+    of tasks; none before the first consolidation. The residual is what float32 rounds off the
+    merged anchor: the hot loop does not read it, the next merge does.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For parameters that are not floating tensors, and for numbers out of range.
+
+    References
+    ----------
+    Kirkpatrick et al. 2017, https://doi.org/10.1073/pnas.1611835114; Schwarz et al. 2018,
+    https://arxiv.org/abs/1805.06370; Huszar 2018, https://arxiv.org/abs/1712.03847.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 3)
+    >>> ewc = EWC(model, ewc_lambda=400.0)
+    >>> ewc.consolidate([(torch.randn(8, 4), torch.randint(3, (8,)))])
+    >>> ewc
+    EWC(parameters=2 (15 values), tasks=1, ewc_lambda=400, gamma=1, anchor='merged')
+    >>> ewc.penalty().item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        *,
+        ewc_lambda: float,
+        gamma: float = 1.0,
+        anchor: Literal["merged", "latest"] = "merged",
+        impl: Impl = "auto",
+    ) -> None:
+        _checks.one_of("anchor", anchor, ("merged", "latest"))
+        _checks.impl(impl)
+        self.ewc_lambda = ewc_lambda
+        self.gamma = gamma
+        self._rule = anchor
+        self._impl = impl
+        self._model = model if isinstance(model, nn.Module) else None
+        self._springs: dict[str, Spring] = {}
+        self._constant = 0.0
+        self._tasks = 0
+        self._version = 0
+        self._cached: ActiveSprings | None = None
+        self.track(model)
+
+    # What can be read and set
+
+    @property
+    def ewc_lambda(self) -> float:
+        """Strength of the penalty; assign at any time, also from a schedule."""
+        return self._ewc_lambda
+
+    @ewc_lambda.setter
+    def ewc_lambda(self, value: float) -> None:
+        self._ewc_lambda = _checks.non_negative("ewc_lambda", value)
+
+    @property
+    def gamma(self) -> float:
+        """Decay of the old Fisher information at the next consolidation."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        self._gamma = _checks.gamma(value)
+
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """Accumulated Fisher diagonal by parameter name, as views; empty before the first task."""
+        return {name: spring.fisher.detach() for name, spring in self._springs.items()}
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """Anchor by parameter name, as views; empty before the first task."""
+        return {name: spring.anchor.detach() for name, spring in self._springs.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The tracked parameters by name."""
+        return dict(self._params)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks have been consolidated."""
+        return self._tasks
+
+    def __repr__(self) -> str:
+        values = sum(param.numel() for param in self._params.values())
+        return (
+            f"EWC(parameters={len(self._params)} ({values:,} values), tasks={self._tasks}, "
+            f"ewc_lambda={self.ewc_lambda:g}, gamma={self.gamma:g}, anchor={self._rule!r})"
+        )
+
+    # Each step: three ways to the same gradient
+
+    def penalty(self) -> Tensor:
+        r"""Return :math:`\frac\lambda2 \sum F (\theta - a)^2 + \lambda R` to add to a loss.
+
+        A differentiable scalar (float32; float64 for float64 parameters). Exactly 0, with zero
+        gradient, before the first consolidation.
+        """
+        if not self._springs:
+            return torch.zeros((), dtype=self._value_dtype, requires_grad=True)
+        return self._with_constant(self._active().penalty(self.ewc_lambda))
+
+    def add_penalty_grad_(self) -> Tensor:
+        r"""Add :math:`\lambda F (\theta - a)` to every ``.grad`` in place; return the penalty.
+
+        Call it after ``backward()``. A trainable parameter without a gradient gets one. Does
+        nothing before the first consolidation, and returns 0.
+        """
+        return self._with_constant(self._active().add_penalty_grad_(self.ewc_lambda))
+
+    def springs_of(self, params: Iterable[Tensor]) -> ActiveSprings:
+        """Return the springs of those among ``params`` that are tracked (for optimizers)."""
+        wanted = {id(param) for param in params}
+        names = [n for n, p in self._params.items() if id(p) in wanted and n in self._springs]
+        return ActiveSprings(
+            [self._params[n] for n in names], [self._springs[n] for n in names], self._impl
+        )
+
+    @property
+    def constant_penalty(self) -> float:
+        r"""The part of the penalty that no parameter moves, :math:`\lambda R`."""
+        return self.ewc_lambda * self._constant
+
+    @property
+    def version(self) -> int:
+        """Changes whenever springs obtained by :meth:`springs_of` become out of date."""
+        return self._version
+
+    def _active(self) -> ActiveSprings:
+        if self._cached is None:
+            self._cached = self.springs_of(self._params.values())
+        return self._cached
+
+    def _with_constant(self, value: Tensor) -> Tensor:
+        return (value + self.constant_penalty).to(self._value_dtype)
+
+    # After each task
+
+    def consolidate(self, batches: Iterable[Any], **fisher_options: Any) -> None:
+        """Measure the Fisher information at the current parameters and merge it; move the anchor.
+
+        ``batches`` and ``fisher_options`` are those of :func:`ewc_fast.fisher_diagonal`. New
+        parameters of the model (a new head, a head with more rows) are taken up first. If anything
+        raises, Fisher and anchor are as before.
+        """
+        if self._model is None:
+            raise ValueError(
+                "consolidate needs the model, but this EWC was built from (name, parameter) pairs; "
+                "build it as EWC(model, ...), or compute the Fisher by "
+                "ewc_fast.fisher_diagonal and pass it to consolidate_from"
+            )
+        self.consolidate_from(fisher_diagonal(self._model, batches, **fisher_options))
+
+    @torch.no_grad()
+    def consolidate_from(self, fisher: Mapping[str, Tensor]) -> None:
+        """Merge a Fisher diagonal computed elsewhere, at the current parameters.
+
+        ``fisher`` maps parameter names to tensors of the parameters' shapes, finite and >= 0: a
+        mean over samples of squared per-sample gradients. Frozen parameters may be missing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a missing or unknown name, a wrong shape, or a negative or non-finite entry. The
+            state is then as before.
+        """
+        params = self._tracked(self._model)
+        springs = self._fitting(params)
+        _checks.new_fisher(fisher, params)
+        names = list(params)
+        prior = [springs.get(name) or Spring.slack(params[name]) for name in names]
+        new = [
+            fisher[name].to(spring.fisher) if name in fisher else torch.zeros_like(spring.fisher)
+            for name, spring in zip(names, prior, strict=True)
+        ]
+        state = [spring.fisher for spring in prior], [spring.anchor for spring in prior]
+        at = list(params.values())
+        if self._rule == "latest":
+            functional.merge_online_(*state, new, at, gamma=self.gamma, impl=self._impl)
+        else:
+            residual = [spring.residual for spring in prior]
+            constant = functional.merge_(
+                *state, residual, new, at, gamma=self.gamma, impl=self._impl
+            )
+            self._constant = self.gamma * self._constant + constant.item()
+        self._springs = springs | dict(zip(names, prior, strict=True))
+        self._tasks += 1
+        self._use(params)
+
+    def track(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]] | None = None) -> None:
+        """Take up the parameters as they are now; needed after a layer was added or replaced.
+
+        :meth:`consolidate` and :class:`~ewc_fast.EWCOptimizer` do this by themselves. New
+        parameters start with F = 0, and so do rows added to dimension 0 of a parameter. What is
+        known of parameters that are no longer there is kept, and used again if they return.
+
+        Raises
+        ------
+        ValueError
+            If a parameter's shape changed in any other way.
+        """
+        params = self._tracked(self._model if model is None else model)
+        self._springs = self._fitting(params)
+        self._use(params)
+
+    def _tracked(
+        self, model: nn.Module | Iterable[tuple[str, nn.Parameter]] | None
+    ) -> dict[str, nn.Parameter]:
+        if model is None:
+            return self._params
+        pairs = model.named_parameters() if isinstance(model, nn.Module) else model
+        return _checks.named_parameters(pairs)
+
+    def _fitting(self, params: Mapping[str, Tensor]) -> dict[str, Spring]:
+        """Return the springs, grown where parameters gained rows."""
+        fitting = dict(self._springs)
+        for name, spring in self._springs.items():
+            param = params.get(name)
+            if param is None or param.shape == spring.fisher.shape:
+                continue
+            _checks.grown_shape(name, tuple(spring.fisher.shape), tuple(param.shape))
+            fitting[name] = spring.grown(param)
+        return fitting
+
+    def _use(self, params: dict[str, nn.Parameter]) -> None:
+        self._params = params
+        precise = any(param.dtype == torch.float64 for param in params.values())
+        self._value_dtype = torch.float64 if precise else torch.float32
+        self._cached = None
+        self._version += 1
+
+    # Moving, saving, copying
+
+    def to(self, device: torch.device | str) -> EWC:
+        """Move Fisher and anchor to the device that the parameters were moved to."""
+        self._springs = {name: spring.to(device) for name, spring in self._springs.items()}
+        self._use(self._params)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive a restart, as tensors and plain values.
+
+        Like a module's, it refers to the live tensors: copy it to keep it. It can be saved by
+        ``torch.save`` and read with ``weights_only=True``.
+        """
+        return {
+            "format": FORMAT,
+            "ewc_lambda": self.ewc_lambda,
+            "gamma": self.gamma,
+            "rule": self._rule,
+            "constant": self._constant,
+            "tasks": self._tasks,
+            **{
+                field: {name: getattr(s, field).detach() for name, s in self._springs.items()}
+                for field in _checks.STATE_FIELDS
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Take over a :meth:`state_dict`, values and settings; training resumes bit for bit.
+
+        Raises
+        ------
+        ValueError
+            For a state that is truncated, of a newer format, or of another model (a name or shape
+            that this one lacks; with ``strict=False`` unknown names are kept for later). The
+            object is then as before.
+        """
+        self.check_state_dict(state, strict)
+        springs = {}
+        for name in state["fisher"]:
+            tensors = {field: state[field][name] for field in _checks.STATE_FIELDS}
+            param = self._params.get(name, tensors["anchor"])
+            spring = Spring.slack(param)
+            for field in _checks.STATE_FIELDS:
+                getattr(spring, field).copy_(tensors[field])
+            springs[name] = spring
+        self.ewc_lambda, self.gamma = state["ewc_lambda"], state["gamma"]
+        self._rule = state["rule"]
+        self._constant, self._tasks = float(state["constant"]), int(state["tasks"])
+        self._springs = springs
+        self._use(self._params)
+
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Raise what :meth:`load_state_dict` would raise, and change nothing."""
+        _checks.ewc_state(state, self._params, strict=strict, newest=FORMAT)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached": None}

@@ -1,0 +1,242 @@
+"""fisher_diagonal: runs the model over the data and adds up squared per-sample gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import _checks, functional
+from ewc_fast.fisher.batches import Batch, call_model, output_tensor, read_batches
+from ewc_fast.fisher.isolation import left_as_it_was
+from ewc_fast.fisher.likelihoods import Likelihood
+from ewc_fast.fisher.recorder import Recorder
+from ewc_fast.fisher.scores import vectors_of
+
+Estimator = Literal["exact", "sampled", "empirical"]
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    likelihood: str | Likelihood = "categorical",
+    estimator: Estimator = "exact",
+    max_samples: int | None = None,
+    draws: int = 1,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    r"""Return the diagonal Fisher information of every trainable parameter, by name.
+
+    .. math:: F_i = \frac1N \sum_n E_{y}\left[\left(
+        \frac{\partial \log p(y \mid x_n, \theta)}{\partial \theta_i}\right)^2\right]
+
+    a MEAN over samples of squared gradients, each sample's gradient squared by itself: the square
+    of a batch gradient is something else, and depends on the batch size. The result does not, so
+    long as the model treats samples apart.
+
+    Parameters
+    ----------
+    model
+        Runs in eval mode: dropout off, batch norm by its running statistics. It comes back as it
+        was: mode, gradients, ``requires_grad``, buffers, random state.
+    batches
+        Iterable of ``(inputs, targets)``, of inputs alone, or of mappings that may have
+        ``"labels"``; samples in dimension 0 of every tensor, batches of any size. Tensors are
+        moved to the model's device. Inputs that are a tuple or mapping are passed to the model by
+        position or keyword.
+    likelihood
+        ``"categorical"`` (logits, classes in dimension 1), ``"bernoulli"`` (logits of independent
+        labels), ``"gaussian"`` (means, unit variance), or an object with
+        ``log_prob(outputs, targets) -> (N,)`` and ``sample(outputs, generator)``.
+    estimator
+        ``"exact"``: expectation over the model's own labels in closed form, C - 1 backward passes
+        for C classes. ``"sampled"``: labels drawn from the model, unbiased for ``exact``.
+        ``"empirical"``: the data's labels; not the Fisher information, though often used for it.
+    max_samples
+        Stop after so many samples.
+    draws
+        Labels drawn for each sample, ``estimator="sampled"`` only.
+    forward
+        ``forward(model, inputs) -> outputs`` where the usual call does not fit.
+    generator
+        Source of the drawn labels. Without it the global one is used and set back afterwards, so
+        that equal calls draw equal labels.
+    progress
+        Show a progress bar (needs tqdm).
+
+    Returns
+    -------
+    dict
+        Name to tensor of the parameter's shape and device, float32 (float64 for float64
+        parameters), all >= 0. Frozen parameters are left out; one without influence is 0.
+
+    Cost: for networks of ``nn.Linear`` layers with one position a sample, about one forward and
+    backward pass a direction over whole batches; other parameters take one sample at a time.
+    On the first batch what is recorded is compared with single samples; a parameter that differs
+    takes the slow way.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For data without samples or batch dimension, missing labels, unknown names, or ``"exact"``
+        with more than 1,000 directions.
+
+    References
+    ----------
+    Kirkpatrick et al. 2017, https://doi.org/10.1073/pnas.1611835114; van de Ven 2025 on the
+    estimators, https://arxiv.org/abs/2502.11756.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 3)
+    >>> data = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+    >>> fisher = fisher_diagonal(model, data)
+    >>> {name: tuple(values.shape) for name, values in fisher.items()}
+    {'weight': (3, 4), 'bias': (3,)}
+    """
+    _checks.one_of("estimator", estimator, ("exact", "sampled", "empirical"))
+    _checks.positive_integer("draws", draws)
+    if draws != 1 and estimator != "sampled":
+        raise ValueError(f"draws: only estimator='sampled' draws labels, got {estimator!r}")
+    if max_samples is not None:
+        _checks.positive_integer("max_samples", max_samples)
+    params = _checks.trainable_parameters(model)
+    pass_ = _Pass(
+        model=getattr(model, "_orig_mod", model),  # a compiled module hides its operations
+        params=params,
+        vectors=vectors_of(likelihood, estimator, draws, generator),
+        forward=forward or call_model,
+    )
+    device = next(iter(params.values())).device
+    with left_as_it_was(model), torch.enable_grad():
+        shown = _with_progress(batches) if progress else batches
+        for batch in read_batches(shown, max_samples, device):
+            pass_.add(batch)
+    return pass_.mean()
+
+
+class _Pass:
+    """One pass over the data: sums of squares, and how each parameter's are taken."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: dict[str, nn.Parameter],
+        vectors: Callable[[Tensor, Tensor | None], Iterable[Tensor]],
+        forward: Callable[[nn.Module, Any], Any],
+    ) -> None:
+        self._model, self._params, self._vectors, self._forward = model, params, vectors, forward
+        self._sums = {
+            name: torch.zeros_like(p, dtype=_checks.state_dtype(p.dtype), requires_grad=False)
+            for name, p in params.items()
+        }
+        self._distrusted: set[str] | None = None  # known after the first batch
+        self._samples = 0
+
+    def add(self, batch: Batch) -> None:
+        """Add the squares of every sample of the batch."""
+        recorder, outputs = self._watch(batch)
+        if self._distrusted is None:
+            self._distrusted = self._verify(batch, recorder, outputs)
+        recorded = recorder.recorded() - self._distrusted
+        vectors = self._vectors(outputs.detach(), batch.targets)
+        others = [name for name in self._params if name not in recorded]
+        if others:
+            vectors = list(vectors)  # needed again for each sample
+        if recorded:
+            self._backward(outputs, recorded, vectors)
+            sums = {name: self._sums[name] for name in recorded}
+            for use in recorder.uses:
+                use.add_to(sums)
+        if others:
+            for n in range(batch.size):
+                self._add_sample(batch.samples(n, n + 1), others, [v[n : n + 1] for v in vectors])
+        self._samples += batch.size
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean over all samples."""
+        if self._samples == 0:
+            raise ValueError("batches: expected at least one sample, got none")
+        return {name: total.div_(self._samples) for name, total in self._sums.items()}
+
+    def _watch(self, batch: Batch) -> tuple[Recorder, Tensor]:
+        recorder = Recorder(self._params, batch.size)
+        with recorder:
+            outputs = self._outputs(batch)
+        return recorder, outputs
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        outputs = output_tensor(self._forward(self._model, batch.inputs))
+        if outputs.shape[0] != batch.size:
+            raise ValueError(
+                f"outputs: expected {batch.size} samples in dimension 0 like the inputs, got "
+                f"shape {tuple(outputs.shape)}"
+            )
+        return outputs
+
+    def _backward(self, outputs: Tensor, names: set[str], vectors: Iterable[Tensor]) -> None:
+        """Run backward passes; the recorder's uses take what they need on the way."""
+        params = [self._params[name] for name in names]
+        for vector in vectors:
+            torch.autograd.grad(outputs, params, vector, retain_graph=True, allow_unused=True)
+
+    def _add_sample(self, sample: Batch, names: list[str], vectors: list[Tensor]) -> None:
+        """Add one sample's squares, by its own forward pass and one backward pass a vector."""
+        params = [self._params[name] for name in names]
+        outputs = self._outputs(sample)
+        if not outputs.requires_grad:
+            return
+        for vector in vectors:
+            grads = torch.autograd.grad(
+                outputs, params, vector, retain_graph=True, allow_unused=True
+            )
+            found = [(self._sums[n], g) for n, g in zip(names, grads, strict=True) if g is not None]
+            functional.accumulate_square_([s for s, _ in found], [g for _, g in found])
+
+    def _verify(self, batch: Batch, recorder: Recorder, outputs: Tensor) -> set[str]:
+        """Return the recorded parameters whose squares differ from single samples'.
+
+        Where rows are not samples, or samples mix, the gradient of one sample's outputs within the
+        batch, squared row by row, is not the square of that sample's own gradient.
+        """
+        names = recorder.recorded()
+        distrusted: set[str] = set()
+        probe = torch.Generator().manual_seed(0)
+        for n in {0, batch.size - 1} if names else ():
+            vector = torch.zeros_like(outputs)
+            row = torch.randn(outputs[n].shape, generator=probe, dtype=torch.float64)
+            vector[n] = row.to(vector)
+            self._backward(outputs, names, [vector])
+            squares = {name: torch.zeros_like(self._sums[name]) for name in names}
+            for use in recorder.uses:
+                use.add_to(squares)
+            alone = self._outputs(batch.samples(n, n + 1))
+            params = [self._params[name] for name in names]
+            grads = torch.autograd.grad(alone, params, vector[n : n + 1], allow_unused=True)
+            for name, grad in zip(names, grads, strict=True):
+                expected = squares[name] * 0 if grad is None else grad.to(squares[name]).square()
+                if not _close(squares[name], expected, self._params[name].dtype):
+                    distrusted.add(name)
+        return distrusted
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two sets of squares differ by rounding only; wrong ones differ by a factor."""
+    tolerance = 4 * math.sqrt(torch.finfo(dtype).eps)
+    largest = torch.maximum(found.abs().amax(), expected.abs().amax())
+    return bool((found - expected).abs().amax() <= tolerance * largest)
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+    bar: Iterable[Any] = tqdm(batches, desc="Fisher", unit="batch")
+    return bar
