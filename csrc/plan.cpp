@@ -16,10 +16,16 @@ std::string element(const std::string& list, std::size_t index) {
   return list + "[" + std::to_string(index) + "]";
 }
 
+bool is_empty(const TensorView& view) {
+  const auto sizes_end = view.dims.begin() + static_cast<std::ptrdiff_t>(view.ndim());
+  return std::find(view.dims.begin(), sizes_end, 0) != sizes_end;
+}
+
 // True where the elements fill numel consecutive places, each once, in some order of dimensions.
-bool fills_its_storage(const TensorView& view, std::size_t first_dim) {
-  std::vector<std::size_t> order(view.ndim() - first_dim);
-  std::iota(order.begin(), order.end(), first_dim);
+bool fills_its_storage(const TensorView& view) {
+  if (is_empty(view)) return true;
+  std::vector<std::size_t> order(view.ndim());
+  std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(),
             [&](std::size_t a, std::size_t b) { return view.stride(a) < view.stride(b); });
   std::int64_t expected = 1;
@@ -33,9 +39,10 @@ bool fills_its_storage(const TensorView& view, std::size_t first_dim) {
 
 bool same_layout(const TensorView& view, std::size_t first_dim, const TensorView& reference) {
   if (view.ndim() - first_dim != reference.ndim()) return false;
+  const bool empty = is_empty(reference);
   for (std::size_t dim = 0; dim < reference.ndim(); ++dim) {
     if (view.size(first_dim + dim) != reference.size(dim)) return false;
-    if (reference.size(dim) > 1 && view.stride(first_dim + dim) != reference.stride(dim))
+    if (!empty && reference.size(dim) > 1 && view.stride(first_dim + dim) != reference.stride(dim))
       return false;
   }
   return true;
@@ -122,7 +129,7 @@ Row Plan::make_row(std::size_t row) const {
   std::size_t reference = 0;  // an operand that has one value for every element
   while (specs_[reference].stacked) ++reference;
   const TensorView& layout = view(reference, row);
-  if (!fills_its_storage(layout, 0)) refuse(reference, row, "its strides leave gaps or overlap");
+  if (!fills_its_storage(layout)) refuse(reference, row, "its strides leave gaps or overlap");
 
   Row made;
   made.device = layout.device;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,15 +18,20 @@ _FISHER = Operand("fisher", "state")
 _ANCHOR = Operand("anchor", "state")
 
 ADD_PENALTY_GRAD = Operation(
-    "add_penalty_grad_", (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
+    "add_penalty_grad_",
+    (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
+    measure=1,
 )
-PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR))
+PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR), measure=0)
 PENALTY_GRAD = Operation(
-    "penalty_grad", (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR)
+    "penalty_grad",
+    (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
+    measure=1,
 )
 ACCUMULATE_SQUARE = Operation(
     "accumulate_square_",
     (Operand("fisher", "state", written=True), Operand("grads", "param", stacked=True)),
+    measure=0,
 )
 MERGE = Operation(
     "merge_",
@@ -36,6 +42,7 @@ MERGE = Operation(
         Operand("new_fisher", "state"),
         _PARAMS,
     ),
+    measure=4,
 )
 MERGE_ONLINE = Operation(
     "merge_online_",
@@ -45,9 +52,12 @@ MERGE_ONLINE = Operation(
         Operand("new_fisher", "state"),
         _PARAMS,
     ),
+    measure=3,
 )
 PROXIMAL_STEP = Operation(
-    "proximal_step_", (Operand("params", "param", written=True), _FISHER, _ANCHOR)
+    "proximal_step_",
+    (Operand("params", "param", written=True), _FISHER, _ANCHOR),
+    measure=0,
 )
 
 
@@ -57,7 +67,7 @@ class Group:
 
     impl: Impl
     lists: Sequence[TensorList]
-    core_plan: core.Plan | None = None
+    core_plan: Any = None  # core.Plan, unless PyTorch runs the rows
 
 
 class Plan:

@@ -26,10 +26,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation's name and operands, in the order the kernels take them."""
+    """An operation's name and operands, in the order the kernels take them.
+
+    ``measure`` is the position of the operand that shapes and devices are compared with: the
+    parameters, where there are any.
+    """
 
     name: str
     operands: tuple[Operand, ...]
+    measure: int
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
@@ -66,42 +71,40 @@ def operands(operation: Operation, lists: Sequence[TensorList]) -> None:
 def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
     for operand, tensor in zip(operation.operands, row, strict=True):
         kind(f"{operand.name}[{index}]", tensor)
-    roles = {operand.role: i for i, operand in reversed(list(enumerate(operation.operands)))}
-    plain = next(i for i, operand in enumerate(operation.operands) if not operand.stacked)
-    param = row[roles["param"]]
-    param_name = f"{operation.operands[roles['param']].name}[{index}]"
-    if param.dtype not in PARAM_DTYPES:
-        raise TypeError(
-            f"{param_name}: expected a floating dtype (float32, float64, bfloat16, float16), "
-            f"got {short(param.dtype)}; only such parameters have a Fisher information"
-        )
+    for operand, tensor in zip(operation.operands, row, strict=True):
+        if operand.role == "param" and tensor.dtype not in PARAM_DTYPES:
+            raise TypeError(
+                f"{operand.name}[{index}]: expected a floating dtype (float32, float64, bfloat16, "
+                f"float16), got {short(tensor.dtype)}; only such parameters have a Fisher "
+                "information"
+            )
+    roles = [operand.role for operand in operation.operands]
+    param = operation.measure if roles[operation.measure] == "param" else roles.index("param")
     wanted = {
-        "param": param.dtype,
-        "state": state_dtype(param.dtype),
+        "param": row[param].dtype,
+        "state": state_dtype(row[param].dtype),
         "residual": torch.bfloat16,
     }
+    like = f"{operation.operands[operation.measure].name}[{index}]"
+    device, shape = row[operation.measure].device, tuple(row[operation.measure].shape)
     for operand, tensor in zip(operation.operands, row, strict=True):
-        name = f"{operand.name}[{index}]"
-        if tensor.dtype != wanted[operand.role]:
+        name, dtype = f"{operand.name}[{index}]", wanted[operand.role]
+        if tensor.dtype != dtype:
             raise TypeError(
-                f"{name}: expected {short(wanted[operand.role])} beside {param_name} of "
-                f"{short(param.dtype)}, got {short(tensor.dtype)}; convert it with "
-                f".to(torch.{short(wanted[operand.role])})"
+                f"{name}: expected {short(dtype)} beside {operation.operands[param].name}[{index}] "
+                f"of {short(row[param].dtype)}, got {short(tensor.dtype)}; "
+                f"convert it with .to(torch.{short(dtype)})"
             )
-        if tensor.device != row[plain].device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name}: expected device {row[plain].device} like "
-                f"{operation.operands[plain].name}[{index}], got {tensor.device}; "
-                f"move it with .to({str(row[plain].device)!r})"
+                f"{name}: expected device {device} like {like}, got {tensor.device}; "
+                f"move it with .to({str(device)!r})"
             )
-        shape = tuple(row[plain].shape)
-        if tuple(tensor.shape) != shape and not (
-            operand.stacked and tuple(tensor.shape[1:]) == shape and tensor.dim() == len(shape) + 1
-        ):
-            stacked = f" or (samples, *{shape})" if operand.stacked else ""
+        samples = int(operand.stacked and tensor.dim() == len(shape) + 1)
+        if tuple(tensor.shape[samples:]) != shape:
+            stacked = f" or {('samples', *shape)}" if operand.stacked else ""
             raise ValueError(
-                f"{name}: expected shape {shape}{stacked} like "
-                f"{operation.operands[plain].name}[{index}], got {tuple(tensor.shape)}"
+                f"{name}: expected shape {shape}{stacked} like {like}, got {tuple(tensor.shape)}"
             )
 
 
@@ -119,8 +122,9 @@ def kind(name: str, tensor: object) -> None:
 
 def dense(operation: Operation, lists: Sequence[TensorList], index: int) -> bool:
     """Whether row ``index`` can be walked with one running index."""
-    plain = next(i for i, operand in enumerate(operation.operands) if not operand.stacked)
-    layout = lists[plain][index]
+    layout = lists[operation.measure][index]
+    if layout.numel() == 0:
+        return True
     strides = [
         (step, size) for step, size in zip(layout.stride(), layout.shape, strict=True) if size > 1
     ]
