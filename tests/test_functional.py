@@ -54,7 +54,9 @@ def test_penalty_equals_its_formula_in_value_and_gradient(make, dtype):
     grads = torch.autograd.grad(3 * value, params) if params else []
     for grad, pull in zip(grads, exact_pull(params, fisher, anchor), strict=True):
         # the factor from above is one more product, rounded to the parameters' dtype
-        budget = 3 * gradient_budget(torch.zeros_like(pull), pull, dtype) + 6 * u(dtype) * pull.abs()
+        budget = (
+            3 * gradient_budget(torch.zeros_like(pull), pull, dtype) + 6 * u(dtype) * pull.abs()
+        )
         assert_within(grad, 3 * pull, budget, "grad")
 
 

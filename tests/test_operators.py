@@ -1,0 +1,95 @@
+"""The operations as PyTorch operators: contract, compilation, derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import copies, state_like
+from torch.library import opcheck
+
+from ewc_fast import functional, reference
+
+OPS = torch.ops.ewc_fast
+
+
+def operands(dtype=torch.float32):
+    params = [torch.randn(n, 3).to(dtype) for n in (1, 5, 40)]
+    return params, state_like(params, True), state_like(params)
+
+
+def residual(params):
+    return [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
+
+
+CALLS = {
+    "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, 2.0)),
+    "penalty_grad": lambda p, f, a: (
+        OPS.penalty_grad,
+        ([t.requires_grad_() for t in p], f, a, 2.0),
+    ),
+    "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, 2.0)),
+    "accumulate_square_": lambda p, f, a: (OPS.accumulate_square_, (f, p, 0.5)),
+    "merge_": lambda p, f, a: (OPS.merge_, (f, a, residual(p), copies(f), p, 0.9)),
+    "merge_online_": lambda p, f, a: (OPS.merge_online_, (f, a, copies(f), p, 0.9)),
+    "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, 2.0, 0.1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
+def test_the_operator_keeps_pytorchs_contract(make, dtype):
+    op, arguments = make(*operands(dtype))
+    opcheck(op.default, arguments)
+
+
+def test_the_penalty_compiles_into_a_loss_without_graph_breaks():
+    params, fisher, anchor = operands()
+    params = [p.requires_grad_() for p in params]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(params, fisher, anchor):
+        return sum((p * p).sum() for p in params) + functional.penalty(
+            params, fisher, anchor, ewc_lambda=3.0
+        )
+
+    compiled = torch.autograd.grad(loss(params, fisher, anchor), params)
+    pulls = reference.penalty_grad(params, fisher, anchor, ewc_lambda=3.0)
+    for grad, param, pull in zip(compiled, params, pulls, strict=True):
+        torch.testing.assert_close(grad, 2 * param + pull)
+
+
+@pytest.mark.parametrize("name", ["add_penalty_grad_", "proximal_step_", "merge_"])
+def test_in_place_operations_compile_without_graph_breaks(name):
+    def run(params, fisher, anchor, extra):
+        if name == "add_penalty_grad_":
+            return functional.add_penalty_grad_(extra, params, fisher, anchor, ewc_lambda=2.0)
+        if name == "proximal_step_":
+            return functional.proximal_step_(params, fisher, anchor, ewc_lambda=2.0, lr=0.1)
+        return functional.merge_(fisher, anchor, residual(params), extra, params, gamma=0.9)
+
+    lists = [*operands(), operands()[1]]
+    eager = [copies(tensors) for tensors in lists]
+    value = torch.compile(run, fullgraph=True, backend="aot_eager")(*lists)
+    expected = run(*eager)
+    assert value is None if expected is None else torch.equal(value, expected)
+    for compiled, uncompiled in zip(lists, eager, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(compiled, uncompiled, strict=True))
+
+
+def test_first_and_second_derivatives_match_finite_differences():
+    param = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    fisher, anchor = torch.rand(4).double(), torch.randn(4).double()
+
+    def penalty(theta):
+        return functional.penalty(theta, fisher, anchor, ewc_lambda=2.0)
+
+    assert torch.autograd.gradcheck(penalty, param)
+    assert torch.autograd.gradgradcheck(penalty, param)
+
+
+def test_the_hessian_is_lambda_times_the_fisher():
+    fisher, anchor = torch.rand(4), torch.randn(4)
+    hessian = torch.autograd.functional.hessian(
+        lambda theta: functional.penalty(theta, fisher, anchor, ewc_lambda=3.0), torch.randn(4)
+    )
+    torch.testing.assert_close(hessian, torch.diag(3 * fisher))
