@@ -39,7 +39,8 @@ def test_add_penalty_grad_adds_the_gradient_and_returns_the_value(make, dtype):
     for grad, old, pull in zip(grads, before, exact_pull(params, fisher, anchor), strict=True):
         assert_within(grad, old.double() + pull, gradient_budget(old.double(), pull, dtype), "grad")
     exact = exact_penalty(params, fisher, anchor)
-    assert value.shape == () and value.dtype == torch.float64
+    assert value.shape == ()
+    assert value.dtype == torch.float64
     assert abs(value.item() - exact) <= value_budget(exact, dtype)
 
 

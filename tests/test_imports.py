@@ -49,7 +49,7 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "ewc_fast":
-                    found.add((alias.name.split(".") + ["__init__"])[1])
+                    found.add(([*alias.name.split("."), "__init__"])[1])
     return found - {room_of(path)}
 
 
