@@ -66,6 +66,11 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("openmp") = 0;
 #endif
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   m.attr("vector_levels") = level_names();
   m.attr("cuda_architectures") = ewc_fast::cuda::kArchitectures;
 

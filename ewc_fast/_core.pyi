@@ -6,6 +6,7 @@ from torch import Tensor
 
 version: str
 openmp: int
+sanitized: bool
 vector_levels: list[str]
 cuda_architectures: str
 
