@@ -51,9 +51,8 @@ template <class T>
 std::int64_t launch(const Table& table, DType dtype, std::int64_t first_block, double ewc_lambda,
                     double* partial, cudaStream_t stream) {
   return launch_batches<4>(table, dtype, first_block, [&](const Batch<4>& batch, int blocks) {
-    add_penalty_grad_kernel<T><<<blocks, kThreads, 0, stream>>>(
-        batch, static_cast<typename Types<T>::compute>(ewc_lambda), partial);
-    check(cudaGetLastError(), "add_penalty_grad");
+    launch_kernel("add_penalty_grad", add_penalty_grad_kernel<T>, blocks, stream, batch,
+                  static_cast<typename Types<T>::compute>(ewc_lambda), partial);
   });
 }
 
@@ -78,8 +77,7 @@ void add_penalty_grad(const Table& table, double ewc_lambda, double* value, doub
   blocks = launch<double>(table, DType::float64, blocks, ewc_lambda, workspace, stream);
   blocks = launch<__nv_bfloat16>(table, DType::bfloat16, blocks, ewc_lambda, workspace, stream);
   blocks = launch<__half>(table, DType::float16, blocks, ewc_lambda, workspace, stream);
-  sum_partials<<<1, kThreads, 0, stream>>>(workspace, blocks, 0.5, value);
-  check(cudaGetLastError(), "sum_partials");
+  launch_kernel("sum_partials", sum_partials, 1, stream, workspace, blocks, 0.5, value);
 }
 
 }  // namespace ewc_fast::cuda

@@ -70,6 +70,19 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+// Launches on `stream` and checks. Compiled as plain C++ (tests/cuda_on_host) the threads of each
+// block run as fibers instead.
+template <class... Params, class... Args>
+void launch_kernel(const char* name, void (*kernel)(Params...), int blocks, cudaStream_t stream,
+                   const Args&... args) {
+#if defined(__CUDACC__)
+  kernel<<<blocks, kThreads, 0, stream>>>(args...);
+#else
+  run_on_host(blocks, kThreads, [&] { kernel(args...); });
+#endif
+  check(cudaGetLastError(), name);
+}
+
 inline std::int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
 
 template <int Operands>
