@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ewc_fast import _engine
+from ewc_fast._checks import TensorList
 
 _library = torch.library.Library("ewc_fast", "DEF")
 
@@ -64,27 +65,26 @@ for _name, _fake in _FAKES.items():
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, fisher, anchor, ctx.ewc_lambda = inputs
-    ctx.count = len(params)
     ctx.save_for_backward(*params, *fisher, *anchor)
 
 
 def _saved_operands(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     saved = list(ctx.saved_tensors)
-    count = ctx.count
+    count = len(saved) // 3
     return saved[:count], saved[count : 2 * count], saved[2 * count :]
 
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """D penalty / d theta = lambda F (theta - a), times the gradient from above."""
+    """The gradient of the penalty is lambda F (theta - a), times the one from above."""
     pulls = torch.ops.ewc_fast.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda)
-    no_grads: list[None] = [None] * ctx.count
+    no_grads: list[None] = [None] * len(pulls)
     return [pull * grad.to(pull) for pull in pulls], no_grads, no_grads, None
 
 
 def _penalty_grad_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """The Hessian is diagonal: d pull / d theta = lambda F."""
     _, fisher, _ = _saved_operands(ctx)
-    no_grads: list[None] = [None] * ctx.count
+    no_grads: list[None] = [None] * len(fisher)
     hessian = [
         None if g is None else (ctx.ewc_lambda * f * g.to(f.dtype)).to(g.dtype)
         for f, g in zip(fisher, grads, strict=True)
@@ -98,3 +98,30 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "ewc_fast::penalty_grad", _penalty_grad_backward, setup_context=_save_operands, lib=_library
 )
+
+
+class EagerPenalty(torch.autograd.Function):
+    """The operator ``penalty`` without the dispatcher, whose list handling takes milliseconds."""
+
+    @staticmethod
+    def forward(
+        fisher: TensorList, anchor: TensorList, ewc_lambda: float, *params: Tensor
+    ) -> Tensor:
+        """Return the penalty of ``params``."""
+        return _engine.penalty(params, fisher, anchor, ewc_lambda)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the operands for the backward pass."""
+        fisher, anchor, ewc_lambda, *params = inputs
+        _save_operands(ctx, (params, fisher, anchor, ewc_lambda), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Return the penalty's gradient: in one pass, unless it must be differentiable itself."""
+        (grad,) = grads
+        if torch.is_grad_enabled() or grad.device.type != "cpu":
+            pulls = _penalty_backward(ctx, grad)[0]
+        else:
+            pulls = _engine.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda * grad.item())
+        return None, None, None, *pulls

@@ -186,7 +186,9 @@ class EWC:
         return self._cached
 
     def _with_constant(self, value: Tensor) -> Tensor:
-        return (value + self.constant_penalty).to(self._value_dtype)
+        if self._constant:
+            value = value + self.constant_penalty
+        return value.to(self._value_dtype)
 
     # After each task
 

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from ewc_fast import _checks, _engine
-from ewc_fast import _ops as _ops  # registers torch.ops.ewc_fast
 from ewc_fast._checks import as_list
 from ewc_fast._dispatch import Impl
-from ewc_fast._plan import PENALTY, Plan
+from ewc_fast._ops import EagerPenalty
+from ewc_fast._plan import Plan
 
 __all__ = [
     "Plan",
@@ -67,9 +67,10 @@ def penalty(
     """
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
     ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
-    if not torch.compiler.is_compiling():
-        _checks.operands(PENALTY, lists)
-    value: Tensor = torch.ops.ewc_fast.penalty(*lists, ewc_lambda)
+    if torch.compiler.is_compiling():
+        value: Tensor = torch.ops.ewc_fast.penalty(*lists, ewc_lambda)
+    else:
+        value = EagerPenalty.apply(*lists[1:], ewc_lambda, *lists[0])
     return value
 
 

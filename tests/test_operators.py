@@ -93,3 +93,18 @@ def test_the_hessian_is_lambda_times_the_fisher():
         lambda theta: functional.penalty(theta, fisher, anchor, ewc_lambda=3.0), torch.randn(4)
     )
     torch.testing.assert_close(hessian, torch.diag(3 * fisher))
+
+
+def test_a_gradient_through_functional_transforms_is_the_same():
+    (param, *_), (fisher, *_), (anchor, *_) = operands()
+    grad = torch.func.grad(lambda p: functional.penalty(p, fisher, anchor, ewc_lambda=2.0))(param)
+    torch.testing.assert_close(grad, 2 * fisher * (param - anchor))
+
+
+def test_a_fisher_changed_between_forward_and_backward_is_noticed():
+    param = torch.randn(3, requires_grad=True)
+    fisher, anchor = torch.rand(3), torch.zeros(3)
+    value = functional.penalty(param, fisher, anchor, ewc_lambda=2.0)
+    functional.merge_online_(fisher, anchor, torch.rand(3), param)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
