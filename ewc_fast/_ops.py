@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_fast import _engine
+from ewc_fast import _engine, reference
 from ewc_fast._checks import TensorList
 
 _library = torch.library.Library("ewc_fast", "DEF")
 
 _SCHEMAS = {
     "penalty": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) -> Tensor",
-    "penalty_grad": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) "
-    "-> Tensor[]",
     "add_penalty_grad_": "(Tensor(a!)[] grads, Tensor[] params, Tensor[] fisher, Tensor[] anchor, "
     "float ewc_lambda) -> Tensor",
     "accumulate_square_": "(Tensor(a!)[] fisher, Tensor[] grads, float weight) -> ()",
@@ -42,17 +40,12 @@ def _fake_value(*lists_and_scalars: Any) -> Tensor:
     return torch.empty((), dtype=torch.float64, device=first[0].device if first else None)
 
 
-def _fake_like_params(params: list[Tensor], *_: Any) -> list[Tensor]:
-    return [torch.empty_like(param) for param in params]
-
-
 def _fake_nothing(*_: Any) -> None:
     return None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "penalty": _fake_value,
-    "penalty_grad": _fake_like_params,
     "add_penalty_grad_": _fake_value,
     "accumulate_square_": _fake_nothing,
     "merge_": _fake_value,
@@ -75,28 +68,19 @@ def _saved_operands(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The gradient of the penalty is lambda F (theta - a), times the one from above."""
-    pulls = torch.ops.ewc_fast.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda)
-    no_grads: list[None] = [None] * len(pulls)
-    return [pull * grad.to(pull) for pull in pulls], no_grads, no_grads, None
+    """The gradient of the penalty, times the one from above.
 
-
-def _penalty_grad_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    """The Hessian is diagonal: d pull / d theta = lambda F."""
-    _, fisher, _ = _saved_operands(ctx)
-    no_grads: list[None] = [None] * len(fisher)
-    hessian = [
-        None if g is None else (ctx.ewc_lambda * f * g.to(f.dtype)).to(g.dtype)
-        for f, g in zip(fisher, grads, strict=True)
-    ]
-    return hessian, no_grads, no_grads, None
+    In plain PyTorch, which can be differentiated again, transformed, and fused by a compiler.
+    """
+    params, fisher, anchor = _saved_operands(ctx)
+    pulls = reference.penalty_grad(params, fisher, anchor, ewc_lambda=ctx.ewc_lambda)
+    grads = [(pull * grad).to(p.dtype) for pull, p in zip(pulls, params, strict=True)]
+    no_grads: list[None] = [None] * len(params)
+    return grads, no_grads, no_grads, None
 
 
 torch.library.register_autograd(
     "ewc_fast::penalty", _penalty_backward, setup_context=_save_operands, lib=_library
-)
-torch.library.register_autograd(
-    "ewc_fast::penalty_grad", _penalty_grad_backward, setup_context=_save_operands, lib=_library
 )
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "reference": set(),
     "_plan": {"_checks", "_dispatch", "_native"},
     "_engine": {"_plan", "_checks", "_dispatch", "_native", "reference"},
-    "_ops": {"_engine", "_checks"},
+    "_ops": {"_engine", "_checks", "reference"},
     "functional": {"_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "_springs": {"functional", "_checks", "_dispatch"},
     "fisher": {"functional", "_checks"},

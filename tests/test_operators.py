@@ -23,10 +23,6 @@ def residual(params):
 
 CALLS = {
     "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, 2.0)),
-    "penalty_grad": lambda p, f, a: (
-        OPS.penalty_grad,
-        ([t.requires_grad_() for t in p], f, a, 2.0),
-    ),
     "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, 2.0)),
     "accumulate_square_": lambda p, f, a: (OPS.accumulate_square_, (f, p, 0.5)),
     "merge_": lambda p, f, a: (OPS.merge_, (f, a, residual(p), copies(f), p, 0.9)),
