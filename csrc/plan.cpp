@@ -65,7 +65,7 @@ bool Plan::refresh(const py::args& lists) {
   bool moved = false;
   TensorView now;
   for (std::size_t operand = 0; operand < specs_.size(); ++operand) {
-    if (lists[operand].is_none()) continue;
+    if (specs_[operand].pinned) continue;
     const py::object list = py::reinterpret_steal<py::object>(
         PySequence_Fast(lists[operand].ptr(), "operands must be lists of tensors"));
     if (!list) throw py::error_already_set();

@@ -17,6 +17,7 @@ struct OperandSpec {
   Role role;
   bool written;
   bool stacked;  // may carry per-sample gradients in a leading dimension
+  bool pinned;   // its owner promises not to replace its tensors, so they are read only once
 };
 
 class Plan {
@@ -25,7 +26,6 @@ class Plan {
       : reader_(reader), specs_(std::move(specs)) {}
 
   // True where the lists hold tensors of the same form as those adopted; addresses are taken over.
-  // None stands for a list that its owner knows to be unchanged.
   bool refresh(const pybind11::args& lists);
   // Adopts the lists where they are all in order and on the CPU. False otherwise: whoever asks then
   // finds out why and says it in the user's words.

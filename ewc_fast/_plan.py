@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,8 +60,7 @@ PROXIMAL_STEP = Operation(
 )
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Rows that one implementation runs in one call."""
 
     impl: Impl
@@ -93,32 +91,23 @@ class Plan:
             self._operation is operation
             and self._core_plan is not None
             and self._impl == requested
-            and self._core_plan.refresh(*self._compared(lists))
+            and self._core_plan.refresh(*lists)
         ):
             return [Group("cpu", lists, self._core_plan)]
         self._operation = None
-        groups = _validated_groups(operation, lists, requested)
+        groups = _validated_groups(operation, lists, requested, self._pinned)
         if len(groups) == 1 and groups[0].impl == "cpu":
             self._operation, self._impl = operation, requested
             self._core_plan = groups[0].core_plan
-            self._is_pinned = [operand.name in self._pinned for operand in operation.operands]
         return groups
-
-    def _compared(self, lists: Sequence[TensorList]) -> Sequence[TensorList | None]:
-        if not self._pinned:
-            return lists
-        return [
-            None if pinned else tensors
-            for pinned, tensors in zip(self._is_pinned, lists, strict=True)
-        ]
 
 
 def _validated_groups(
-    operation: Operation, lists: Sequence[TensorList], requested: Impl
+    operation: Operation, lists: Sequence[TensorList], requested: Impl, pinned: Collection[str]
 ) -> list[Group]:
     _checks.impl(requested)
     if requested in ("auto", "cpu"):
-        core_plan = _core_plan(operation)
+        core_plan = _core_plan(operation, pinned)
         if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
             return [Group("cpu", lists, core_plan)]
     _checks.operands(operation, lists)
@@ -134,12 +123,12 @@ def _validated_groups(
         if chosen == "reference":
             groups.append(Group(chosen, picked))
         else:
-            native = _core_plan(operation)
+            native = _core_plan(operation, pinned)
             native.adopt(*picked)
             groups.append(Group(chosen, picked, native))
     return groups
 
 
-def _core_plan(operation: Operation) -> core.Plan:
-    specs = [(o.name, o.role, o.written, o.stacked) for o in operation.operands]
+def _core_plan(operation: Operation, pinned: Collection[str]) -> core.Plan:
+    specs = [(o.name, o.role, o.written, o.stacked, o.name in pinned) for o in operation.operands]
     return core.Plan(reader, specs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
 from ewc_fast._dispatch import Impl
+from ewc_fast._native import core
 
 
 @dataclass
@@ -74,17 +75,15 @@ class ActiveSprings:
 
     def add_penalty_grad_(self, ewc_lambda: float) -> Tensor:
         """Add the penalty's gradient to every ``.grad``, made where missing; return the penalty."""
-        grads = [param.grad for param in self._params]
-        if type(None) in set(map(type, grads)):  # much faster than comparing tensors with None
-            moving = self._moving()
-            if moving is not self:
-                return moving.add_penalty_grad_(ewc_lambda)
-            for param in self._params:
+        grads = core.gradients_of(self._params)
+        if grads is None:
+            moving = self._moving()  # a frozen parameter may still have an old gradient
+            for param in moving._params:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
-            grads = [param.grad for param in self._params]
+            return moving.add_penalty_grad_(ewc_lambda)
         return functional.add_penalty_grad_(
-            grads,  # type: ignore[arg-type]
+            grads,
             self._params,
             self._fisher,
             self._anchor,

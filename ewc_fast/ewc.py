@@ -152,15 +152,17 @@ class EWC:
         """
         if not self._springs:
             return torch.zeros((), dtype=self._value_dtype, requires_grad=True)
-        return self._with_constant(self._active().penalty(self.ewc_lambda))
+        value = self._active().penalty(self.ewc_lambda) + self.constant_penalty
+        return value.to(self._value_dtype)
 
     def add_penalty_grad_(self) -> Tensor:
         r"""Add :math:`\lambda F (\theta - a)` to every ``.grad`` in place; return the penalty.
 
-        Call it after ``backward()``. A trainable parameter without a gradient gets one. Does
-        nothing before the first consolidation, and returns 0.
+        The value is a float64 scalar. Call it after ``backward()``. A trainable parameter without a
+        gradient gets one. Does nothing before the first consolidation, and returns 0.
         """
-        return self._with_constant(self._active().add_penalty_grad_(self.ewc_lambda))
+        value = self._active().add_penalty_grad_(self.ewc_lambda)
+        return value + self.constant_penalty if self._constant else value
 
     def springs_of(self, params: Iterable[Tensor]) -> ActiveSprings:
         """Return the springs of those among ``params`` that are tracked (for optimizers)."""
@@ -184,11 +186,6 @@ class EWC:
         if self._cached is None:
             self._cached = self.springs_of(self._params.values())
         return self._cached
-
-    def _with_constant(self, value: Tensor) -> Tensor:
-        if self._constant:
-            value = value + self.constant_penalty
-        return value.to(self._value_dtype)
 
     # After each task
 

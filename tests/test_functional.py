@@ -156,10 +156,10 @@ def test_every_vector_level_computes_the_same(dtype, level):
     grads = [torch.randn_like(p) for p in params]
     by_level, by_reference = copies(grads), copies(grads)
     specs = [
-        ("grads", "param", True, False),
-        ("params", "param", False, False),
-        ("fisher", "state", False, False),
-        ("anchor", "state", False, False),
+        ("grads", "param", True, False, False),
+        ("params", "param", False, False, False),
+        ("fisher", "state", False, False, False),
+        ("anchor", "state", False, False, False),
     ]
     plan = core.Plan(reader, specs)
     plan.adopt(by_level, params, fisher, anchor)

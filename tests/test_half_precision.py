@@ -9,10 +9,10 @@ from ewc_fast._native import core, reader
 
 HALVES = [torch.bfloat16, torch.float16]
 SPECS = [
-    ("grads", "param", True, False),
-    ("params", "param", False, False),
-    ("fisher", "state", False, False),
-    ("anchor", "state", False, False),
+    ("grads", "param", True, False, False),
+    ("params", "param", False, False, False),
+    ("fisher", "state", False, False, False),
+    ("anchor", "state", False, False, False),
 ]
 every_level = pytest.mark.parametrize(
     "level", range(len(core.vector_levels)), ids=core.vector_levels

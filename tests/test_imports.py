@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "_engine": {"_plan", "_checks", "_dispatch", "_native", "reference"},
     "_ops": {"_engine", "_checks", "reference"},
     "functional": {"_ops", "_engine", "_plan", "_checks", "_dispatch"},
-    "_springs": {"functional", "_checks", "_dispatch"},
+    "_springs": {"functional", "_checks", "_dispatch", "_native"},
     "fisher": {"functional", "_checks"},
     "ewc": {"fisher", "functional", "_springs", "_checks", "_dispatch"},
     "optim": {"ewc", "_springs", "_checks"},

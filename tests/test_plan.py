@@ -13,7 +13,7 @@ from ewc_fast import functional
 from ewc_fast._native import core, reader
 from ewc_fast._plan import ADD_PENALTY_GRAD, Plan
 
-SPECS = [(o.name, o.role, o.written, o.stacked) for o in ADD_PENALTY_GRAD.operands]
+SPECS = [(o.name, o.role, o.written, o.stacked, False) for o in ADD_PENALTY_GRAD.operands]
 READERS = [
     pytest.param(core.TensorReader(None), id="attributes"),
     pytest.param(

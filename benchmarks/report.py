@@ -1,0 +1,152 @@
+"""Turns the newest results into the table of README.md, between two markers.
+
+``python benchmarks/report.py`` writes it, ``--check`` only tells whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import bench_fisher as fisher
+import bench_penalty as penalty
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- benchmark table: python benchmarks/report.py -->"
+END = "<!-- end of benchmark table -->"
+
+Row = Mapping[str, Any]
+Rows = dict[tuple[str, str], Row]  # by case and provider
+
+
+def main() -> int:
+    """Write the table into the README, or compare it with the one there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    old = options.readme.read_text()
+    new = with_table(old, table(newest(options.results)))
+    if not options.check:
+        options.readme.write_text(new)
+    elif new != old:
+        print(f"{options.readme} is out of date: run python benchmarks/report.py")
+        return 1
+    return 0
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """Return the results of the latest complete run."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    complete = [record for record in records if not record["quick"]]
+    if not complete:
+        raise SystemExit(f"no results in {folder}: run python benchmarks/run.py")
+    return max(complete, key=lambda record: str(record["environment"]["date"]))
+
+
+def with_table(readme: str, lines: str) -> str:
+    """Return the README with what is between the markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise SystemExit(f"expected one {BEGIN!r} and one {END!r} in the README")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{lines}\n{END}{after}"
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Return the table and the lines under it."""
+    default, keeps = _rows(record, "default"), _rows(record, "keeps")
+    cases = [str(case) for case in penalty.FULL if case.layout == "list"]
+    powers = [f"{case.elements:.0e}"[-1] for case in penalty.FULL if case.layout == "list"]
+    lines = [
+        "| penalty's gradient and value, float32 in 161 tensors | "
+        + " | ".join(f"10<sup>{power}</sup> parameters" for power in powers)
+        + " |",
+        "|---|" + "---:|" * len(cases),
+    ]
+    contents: list[tuple[str, Callable[[str], str]]] = [
+        ("autograd loop, 1 task", _times(default, penalty.AUTOGRAD)),
+        ("the same, allocator keeps freed memory", _times(keeps, penalty.AUTOGRAD)),
+        ("autograd loop, 10 tasks", _times(default, penalty.AUTOGRAD_TEN)),
+        ("best of five in-place versions in PyTorch", _times(default, penalty.BEST_WITH_VALUE)),
+        ("**ewc_fast**, 1 task", _times(default, penalty.EWC_ONE)),
+        ("**ewc_fast**, 10 merged tasks", _times(default, penalty.EWC_TEN)),
+        ("its bandwidth beside a bare C loop's, 1 task", _bandwidth(default)),
+    ]
+    lines += [
+        f"| {text} | " + " | ".join(cell(case) for case in cases) + " |" for text, cell in contents
+    ]
+    return "\n".join([*lines, "", _fisher_line(default), "", _origin(record)])
+
+
+def _rows(record: Mapping[str, Any], allocator: str) -> Rows:
+    return {
+        (row["case"], row["provider"]): row
+        for run in record["runs"]
+        if run["allocator"] == allocator
+        for row in run["rows"]
+    }
+
+
+def _times(rows: Rows, provider: str) -> Callable[[str], str]:
+    """Return the cell of a case: the time, and how many times that of ewc_fast it is."""
+
+    def cell(case: str) -> str:
+        row = rows.get((case, provider))
+        if row is None:
+            return "not measured"
+        ratio = row["ratios"][penalty.EWC_ONE]
+        relative = "" if provider == penalty.EWC_ONE else f" ({_short(ratio)}x)"
+        return _duration(row["median"]) + relative
+
+    return cell
+
+
+def _bandwidth(rows: Rows) -> Callable[[str], str]:
+    return lambda case: f"{1 / rows[case, penalty.EWC_ONE]['ratios'][penalty.FLOOR]:.0%}"
+
+
+def _fisher_line(rows: Rows) -> str:
+    """Return one sentence on the exact Fisher diagonal."""
+    one_batch = next(case for case in fisher.FULL if case.slow)
+    case = f"exact, {one_batch}"
+    ratios = {
+        provider: row["ratios"][fisher.FORWARD_AND_BACKWARD]
+        for (found, provider), row in rows.items()
+        if found == case and provider != fisher.FORWARD_AND_BACKWARD
+    }
+    ours = _short(ratios.pop(fisher.EWC_FAST))
+    others = ", ".join(f"{provider} {_short(ratio)}" for provider, ratio in ratios.items())
+    layers = "-".join(map(str, one_batch.widths))
+    return (
+        f"The exact Fisher diagonal of a perceptron {layers} over {one_batch.batch_size} samples "
+        f"costs {ours} forward and backward passes with ewc_fast ({others})."
+    )
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    at = record["environment"]
+    commit = f"{at['commit']}{', with changes' if at['dirty'] else ''}, {at['date'][:10]}"
+    return (
+        f"{at['cpu']}, {at['threads']} threads, {at['vector_level']}; PyTorch {at['torch']}, "
+        f"ewc_fast {at['ewc_fast']} at {commit}. Medians; ratios are to ewc_fast "
+        "with 1 task in the same round. [How it was measured](benchmarks/README.md)."
+    )
+
+
+def _duration(seconds: float) -> str:
+    unit, factor = ("µs", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)
+    return f"{_short(seconds * factor)} {unit}"
+
+
+def _short(number: float) -> str:
+    return f"{number:.2g}" if number < 100 else f"{number:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
