@@ -63,14 +63,15 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from ewc_fast import demo
     except ModuleNotFoundError as error:
-        if error.name not in _DEMO_NEEDS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _DEMO_NEEDS:
             raise
-        return _unusable(f"{error.name} is missing: pip install 'ewc-fast[demo]'")
+        return _unusable(f"{package} is missing: pip install 'ewc-fast[demo]'")
     try:
         held = demo.run(
             quick=arguments.quick, seeds=arguments.seeds, data=arguments.data, out=arguments.out
         )
-    except demo.IdxError as error:
+    except (demo.IdxError, OSError) as error:
         return _unusable(str(error))
     return 0 if held else _FAILED
 
@@ -81,7 +82,7 @@ def _unusable(message: str) -> int:
 
 
 def _info() -> int:
-    lines = [*_versions(), *_backends(), *_core()]
+    lines = [*_versions(), *_backends(), *_native_core()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
@@ -120,16 +121,21 @@ def _processor() -> str:
 
 
 def _backends() -> Iterator[tuple[str, str]]:
+    import torch
+
     from ewc_fast._native import cuda_unavailable
 
-    why_not = cuda_unavailable()
     yield "backend cpu", "available"
-    yield "backend cuda", "available" if why_not is None else f"not available: {why_not}"
+    why_not = cuda_unavailable()
+    if why_not is None:
+        yield "backend cuda", f"available, on {torch.cuda.get_device_name()}"
+    else:
+        yield "backend cuda", f"not available: {why_not}"
     yield "backend triton", "not available: ewc_fast has no Triton kernels yet"
     yield "backend reference", "available"
 
 
-def _core() -> Iterator[tuple[str, str]]:
+def _native_core() -> Iterator[tuple[str, str]]:
     import torch
 
     from ewc_fast._native import core, reader
@@ -137,7 +143,7 @@ def _core() -> Iterator[tuple[str, str]]:
     best, *others = core.vector_levels
     yield "CUDA architectures", core.cuda_architectures.replace(",", ", ") or "none"
     yield "vector level", f"{best} in use" + (f"; also {', '.join(others)}" if others else "")
-    openmp = str(core.openmp) if core.openmp else "none, one thread whatever PyTorch uses"
-    yield "OpenMP", openmp
-    yield "threads", str(torch.get_num_threads())
-    yield "DLPack exchange", "in use" if reader.uses_exchange else "not offered by this PyTorch"
+    threads = f"{core.openmp}, {torch.get_num_threads()} threads"
+    yield "OpenMP", threads if core.openmp else "not built in: one thread"
+    exchange = "in use" if reader.uses_exchange else "not in use: this PyTorch offers no version 1"
+    yield "DLPack exchange", exchange

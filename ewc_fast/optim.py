@@ -57,8 +57,8 @@ class EWCOptimizer(Optimizer):
     Raises
     ------
     TypeError, ValueError
-        For arguments of the wrong kind, an unknown mode, or an optimizer that holds none of the
-        parameters that ``ewc`` tracks.
+        For arguments of the wrong kind, an unknown mode, an optimizer that holds none of the
+        parameters that ``ewc`` tracks, or one that maximizes (``mode="gradient"`` only).
 
     References
     ----------
@@ -87,6 +87,11 @@ class EWCOptimizer(Optimizer):
         if not isinstance(ewc, EWC):
             raise TypeError(f"ewc: expected an ewc_fast.EWC, got {type(ewc).__name__}")
         _checks.one_of("mode", mode, ("gradient", "proximal"))
+        if mode == "gradient" and any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: maximize=True would turn the penalty's gradient around and push away "
+                "from the anchor; minimize the negative instead, or use mode='proximal'"
+            )
         ewc.track()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(map(id, ewc.parameters.values())):

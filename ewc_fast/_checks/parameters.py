@@ -99,6 +99,8 @@ def ewc_state(
     non_negative("state['ewc_lambda']", state["ewc_lambda"])
     gamma(state["gamma"])
     one_of("state['rule']", state["rule"], ("merged", "latest"))
+    non_negative("state['constant']", state["constant"])
+    non_negative("state['tasks']", state["tasks"])
     names = set(state["fisher"])
     for field in STATE_FIELDS:
         if set(state[field]) != names:

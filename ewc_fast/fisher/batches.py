@@ -105,7 +105,8 @@ def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {key: _map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_map_tensors(value, change) for value in tree)
+        changed = [_map_tensors(value, change) for value in tree]
+        return type(tree)(*changed) if hasattr(tree, "_fields") else type(tree)(changed)
     return tree
 
 

@@ -132,31 +132,34 @@ class _Pass:
         forward: Callable[[nn.Module, Any], Any],
     ) -> None:
         self._model, self._params, self._vectors, self._forward = model, params, vectors, forward
-        self._sums = {
-            name: torch.zeros_like(p, dtype=_checks.state_dtype(p.dtype), requires_grad=False)
-            for name, p in params.items()
-        }
-        self._distrusted: set[str] | None = None  # known after the first batch
+        self._sums = self._zeros(params)
+        self._slow: set[str] = set()  # not recorded, or distrusted, in some batch
+        self._verified = False
         self._samples = 0
 
     def add(self, batch: Batch) -> None:
         """Add the squares of every sample of the batch."""
         recorder, outputs = self._watch(batch)
-        if self._distrusted is None:
-            self._distrusted = self._verify(batch, recorder, outputs)
-        recorded = recorder.recorded() - self._distrusted
+        recorded: set[str] = set()
+        if batch.size > 1 and outputs.requires_grad:  # else nothing to gain, or to verify on
+            recorded = recorder.recorded() - self._slow
+            if recorded and not self._verified:
+                recorded -= self._verify(batch, recorder, outputs, recorded)
+                self._verified = True
+            self._slow = self._params.keys() - recorded
         vectors = self._vectors(outputs.detach(), batch.targets)
         others = [name for name in self._params if name not in recorded]
         if others:
             vectors = list(vectors)  # needed again for each sample
         if recorded:
-            self._backward(outputs, recorded, vectors)
+            self._backward(recorder, outputs, vectors)
             sums = {name: self._sums[name] for name in recorded}
             for use in recorder.uses:
                 use.add_to(sums)
         if others:
             for n in range(batch.size):
-                self._add_sample(batch.samples(n, n + 1), others, [v[n : n + 1] for v in vectors])
+                sample, its_vectors = batch.samples(n, n + 1), [v[n : n + 1] for v in vectors]
+                self._add_sample({name: self._sums[name] for name in others}, sample, its_vectors)
         self._samples += batch.size
 
     def mean(self) -> dict[str, Tensor]:
@@ -180,15 +183,28 @@ class _Pass:
             )
         return outputs
 
-    def _backward(self, outputs: Tensor, names: set[str], vectors: Iterable[Tensor]) -> None:
-        """Run backward passes; the recorder's uses take what they need on the way."""
-        params = [self._params[name] for name in names]
-        for vector in vectors:
-            torch.autograd.grad(outputs, params, vector, retain_graph=True, allow_unused=True)
+    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return sums to start from."""
+        params = {name: self._params[name].detach() for name in names}
+        return {
+            name: torch.zeros_like(param, dtype=_checks.state_dtype(param.dtype))
+            for name, param in params.items()
+        }
 
-    def _add_sample(self, sample: Batch, names: list[str], vectors: list[Tensor]) -> None:
+    def _backward(self, recorder: Recorder, outputs: Tensor, vectors: Iterable[Tensor]) -> None:
+        """Hand the recorder's uses their gradients; those of the parameters are not formed."""
+        edges = [use.edge for use in recorder.uses]
+        for vector in vectors:
+            grads = torch.autograd.grad(
+                outputs, edges, vector, retain_graph=True, allow_unused=True
+            )
+            for use, grad in zip(recorder.uses, grads, strict=True):
+                if grad is not None:
+                    use.add(grad)
+
+    def _add_sample(self, sums: dict[str, Tensor], sample: Batch, vectors: list[Tensor]) -> None:
         """Add one sample's squares, by its own forward pass and one backward pass a vector."""
-        params = [self._params[name] for name in names]
+        params = [self._params[name] for name in sums]
         outputs = self._outputs(sample)
         if not outputs.requires_grad:
             return
@@ -196,41 +212,68 @@ class _Pass:
             grads = torch.autograd.grad(
                 outputs, params, vector, retain_graph=True, allow_unused=True
             )
-            found = [(self._sums[n], g) for n, g in zip(names, grads, strict=True) if g is not None]
+            found = [(s, g) for s, g in zip(sums.values(), grads, strict=True) if g is not None]
             functional.accumulate_square_([s for s, _ in found], [g for _, g in found])
 
-    def _verify(self, batch: Batch, recorder: Recorder, outputs: Tensor) -> set[str]:
-        """Return the recorded parameters whose squares differ from single samples'.
+    def _verify(
+        self, batch: Batch, recorder: Recorder, outputs: Tensor, names: set[str]
+    ) -> set[str]:
+        """Return those names whose squares may differ from single samples'.
 
-        Where rows are not samples, or samples mix, the gradient of one sample's outputs within the
-        batch, squared row by row, is not the square of that sample's own gradient.
+        Where rows are not samples, or samples mix, the gradient of two samples' outputs within the
+        batch, squared row by row, is not the sum of squares of those samples' own gradients.
         """
-        names = recorder.recorded()
-        distrusted: set[str] = set()
         probe = torch.Generator().manual_seed(0)
-        for n in {0, batch.size - 1} if names else ():
-            vector = torch.zeros_like(outputs)
-            row = torch.randn(outputs[n].shape, generator=probe, dtype=torch.float64)
-            vector[n] = row.to(vector)
-            self._backward(outputs, names, [vector])
-            squares = {name: torch.zeros_like(self._sums[name]) for name in names}
-            for use in recorder.uses:
-                use.add_to(squares)
-            alone = self._outputs(batch.samples(n, n + 1))
-            params = [self._params[name] for name in names]
-            grads = torch.autograd.grad(alone, params, vector[n : n + 1], allow_unused=True)
-            for name, grad in zip(names, grads, strict=True):
-                expected = squares[name] * 0 if grad is None else grad.to(squares[name]).square()
-                if not _close(squares[name], expected, self._params[name].dtype):
-                    distrusted.add(name)
-        return distrusted
+        vectors = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
+        distrusted = names & self._on_mixed_rows(recorder, outputs, vectors)
+        together, alone = self._zeros(names), self._zeros(names)
+        vector = torch.zeros_like(outputs)
+        for n in (0, batch.size - 1):
+            vector[n] = vectors[n]
+            self._add_sample(alone, batch.samples(n, n + 1), [vector[n : n + 1]])
+        self._backward(recorder, outputs, [vector])
+        for use in recorder.uses:
+            use.add_to(together)
+        return distrusted | {
+            name
+            for name in names
+            if not _close(together[name], alone[name], self._params[name].dtype)
+        }
+
+    def _on_mixed_rows(
+        self, recorder: Recorder, outputs: Tensor, vectors: Tensor
+    ) -> set[str | None]:
+        """Return the parameters used on rows that are not the samples, one for one, in order.
+
+        If each sample's vector is scaled by a power of two of its own, its row's squares must scale
+        alike. A row that belongs to another sample, or to several, betrays itself.
+        """
+        order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+        scales = torch.exp2(order % 16 - 8.0).to(outputs)
+        squares = []
+        for sent in (vectors, (vectors.movedim(0, -1) * scales).movedim(-1, 0)):
+            self._backward(recorder, outputs, [sent])
+            squares.append([use.take() for use in recorder.uses])
+        mixed: set[str | None] = set()
+        for use, plain, scaled in zip(recorder.uses, *squares, strict=True):
+            if plain is None or scaled is None:
+                continue
+            expected = plain.sum(1) * scales.to(plain).square()
+            if not torch.allclose(scaled.sum(1), expected, rtol=_tolerance(outputs.dtype), atol=0):
+                mixed |= {use.weight, use.bias}
+        return mixed
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether two sets of squares differ by rounding only; wrong ones differ by a factor."""
-    tolerance = 4 * math.sqrt(torch.finfo(dtype).eps)
+    if found.numel() == 0:
+        return True
     largest = torch.maximum(found.abs().amax(), expected.abs().amax())
-    return bool((found - expected).abs().amax() <= tolerance * largest)
+    return bool((found - expected).abs().amax() <= _tolerance(dtype) * largest)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 4 * math.sqrt(torch.finfo(dtype).eps)
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

@@ -41,10 +41,12 @@ class Categorical:
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return minus the cross entropy, summed over positions."""
+        _check_classes(outputs)
         return -_per_sample(F.cross_entropy(outputs, targets, reduction="none"))
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw classes from the softmax."""
+        _check_classes(outputs)
         probabilities = outputs.movedim(1, -1).softmax(-1)
         flat = probabilities.reshape(-1, probabilities.shape[-1])
         drawn = torch.multinomial(flat, 1, generator=generator)
@@ -52,6 +54,7 @@ class Categorical:
 
     def count(self, outputs: Tensor) -> int:
         """Return C - 1 for each position: diag(p) - p p^T has rank C - 1."""
+        _check_classes(outputs)
         return (outputs.shape[1] - 1) * outputs[:1, 0].numel()
 
     def directions(self, outputs: Tensor) -> Iterator[Tensor]:
@@ -95,8 +98,8 @@ class Bernoulli:
 
     def directions(self, outputs: Tensor) -> Iterator[Tensor]:
         """Yield sqrt(p (1 - p)) for one output at a time."""
-        p = outputs.sigmoid()
-        yield from _one_output_at_a_time((p * (1 - p)).sqrt())
+        # sigmoid(-z), not 1 - sigmoid(z), which is 0 from z = 17 on in float32
+        yield from _one_output_at_a_time((outputs.sigmoid() * (-outputs).sigmoid()).sqrt())
 
 
 class Gaussian:
@@ -129,12 +132,21 @@ NAMED: dict[str, ExactLikelihood] = {
 }
 
 
+def _check_classes(outputs: Tensor) -> None:
+    if outputs.dim() < 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "likelihood: 'categorical' needs logits of two or more classes in dimension 1, got "
+            f"outputs of shape {tuple(outputs.shape)}; use 'bernoulli' for the logits of yes-no "
+            "labels, 'gaussian' for regression"
+        )
+
+
 def _per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 def _one_output_at_a_time(scale: Tensor) -> Iterator[Tensor]:
-    flat = scale.flatten(1)
+    flat = scale.reshape(len(scale), -1)
     for k in range(flat.shape[1]):
         direction = torch.zeros_like(flat)
         direction[:, k] = flat[:, k]

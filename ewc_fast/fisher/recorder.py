@@ -1,4 +1,4 @@
-"""Watches operations while the model runs, and squares per-sample gradients where they are made.
+"""Watches operations while the model runs, and squares per-sample gradients without forming them.
 
 A parameter that meets only operations with a rule is recorded; per-sample gradients of it are never
 formed. Part of the rules so far: a linear layer with one position a sample.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ewc_fast._checks import state_dtype
@@ -27,9 +28,12 @@ class LinearUse:
     one product for any number k of backward passes.
     """
 
-    def __init__(self, inputs: Tensor, weight: str | None, bias: str | None) -> None:
+    def __init__(
+        self, inputs: Tensor, output: Tensor, weight: str | None, bias: str | None
+    ) -> None:
         self._inputs = inputs.detach()
         self._squares: Tensor | None = None
+        self.edge = get_gradient_edge(output)  # of z as it is now, whatever is done to it in place
         self.weight, self.bias = weight, bias
 
     def add(self, grad: Tensor) -> None:
@@ -37,39 +41,25 @@ class LinearUse:
         squares = grad.to(state_dtype(grad.dtype)).square()
         self._squares = squares if self._squares is None else self._squares.add_(squares)
 
+    def take(self) -> Tensor | None:
+        """Return the sum of squares of the gradients added so far, (N, out); forget it."""
+        squares, self._squares = self._squares, None
+        return squares
+
     def add_to(self, sums: Mapping[str, Tensor]) -> None:
         """Add the squares to the sums of those parameters that are in it; forget them."""
-        if self._squares is None:
+        squares = self.take()
+        if squares is None:
             return
         if self.weight is not None and self.weight in sums:
-            inputs = self._inputs.to(self._squares.dtype).square()
-            sums[self.weight].addmm_(self._squares.t(), inputs)
+            inputs = self._inputs.to(squares.dtype).square()
+            sums[self.weight].addmm_(squares.t(), inputs)
         if self.bias is not None and self.bias in sums:
-            sums[self.bias].add_(self._squares.sum(0))
-        self._squares = None
-
-
-class _RecordedLinear(torch.autograd.Function):
-    """``F.linear`` whose backward hands its gradient to a use and forms no weight gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, use: LinearUse
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.use = use
-        return F.linear(inputs, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (grad,) = grads
-        ctx.use.add(grad)
-        (weight,) = ctx.saved_tensors
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+            sums[self.bias].add_(squares.sum(0))
 
 
 class Recorder(TorchFunctionMode):
-    """Replaces the operations that have a rule, and notes which parameters met which."""
+    """Notes the operations that have a rule, and which parameters met which."""
 
     def __init__(self, params: Mapping[str, Tensor], samples: int) -> None:
         super().__init__()
@@ -94,7 +84,7 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run ``func``, replaced where a rule applies."""
+        """Run ``func``, and note it where a rule applies."""
         kwargs = kwargs or {}
         if func is F.linear and torch.is_grad_enabled():
             inputs, weight, bias = _linear_arguments(*args, **kwargs)
@@ -117,17 +107,17 @@ class Recorder(TorchFunctionMode):
 
     def _record_linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         names = [self._names.get(id(t)) for t in (weight, bias)]
-        # A weight that was computed from parameters needs its ordinary gradient.
+        # A weight that was computed from parameters, or has hooks, needs its ordinary gradient.
         operands = [(weight, names[0])] + ([] if bias is None else [(bias, names[1])])
-        if any(tensor.requires_grad and name is None for tensor, name in operands):
+        if any(t.requires_grad and (name is None or t._backward_hooks) for t, name in operands):
             self._met_no_rule |= {name for name in names if name is not None}
             return F.linear(inputs, weight, bias)
-        for name in names:
-            if name is not None:
-                self._times_used[name] = self._times_used.get(name, 0) + 1
-        use = LinearUse(inputs, *names)
-        self.uses.append(use)
-        output: Tensor = _RecordedLinear.apply(inputs, weight, bias, use)
+        output = F.linear(inputs, weight, bias)
+        used = [name for name in names if name is not None]
+        for name in used:
+            self._times_used[name] = self._times_used.get(name, 0) + 1
+        if used:
+            self.uses.append(LinearUse(inputs, output, *names))
         return output
 
 
