@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn, optim
+from training import all_of, batch, consolidated, loss, same
+
+from ewc_fast import EWC, EWCOptimizer
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +29,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def scene() -> Iterator[tuple[nn.Module, EWC, EWCOptimizer]]:
+    """A model in mid-training, its EWC and wrapper; afterwards all must be as it was."""
+    model, ewc = consolidated()
+    optimizer = EWCOptimizer(optim.Adam(model.parameters(), lr=0.01), ewc)
+    loss(model, batch(model)).backward()
+    optimizer.step()
+    before = all_of(model), copy.deepcopy(optimizer.state_dict()), repr(ewc)
+    yield model, ewc, optimizer
+    assert same((all_of(model), optimizer.state_dict(), repr(ewc)), before)

@@ -55,6 +55,13 @@ def reads_last_state(m: Net, x: Tensor) -> Tensor:
     return m.head(states[:, -1])
 
 
+def time_first() -> Net:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.body(x.transpose(0, 1)).tanh().mean(0))
+
+    return Net(forward, body=linear(), head=head())
+
+
 def routes_to_an_expert(m: Net, x: Tensor) -> Tensor:
     """Only the positions whose first feature is positive pass the expert, all in one product."""
     chosen = x[:, :, 0] > 0
@@ -79,17 +86,6 @@ class TimesWeight(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return grad @ weight.t(), x.t() @ grad
-
-
-class Empty(nn.Linear):
-    """A linear layer without outputs, made without PyTorch's warning."""
-
-    def __init__(self) -> None:
-        super().__init__(FEATURES, 1)
-        self.weight, self.bias = (
-            nn.Parameter(torch.empty(0, FEATURES)),
-            nn.Parameter(torch.empty(0)),
-        )
 
 
 def linear(inputs: int = FEATURES, outputs: int = 6, **options: Any) -> nn.Linear:
@@ -194,21 +190,9 @@ CASES: dict[str, Case] = {
         sequences,
         HEAD,
     ),
-    "time_first": Case(
-        lambda: Net(
-            lambda m, x: m.head(m.body(x.transpose(0, 1)).tanh().mean(0)),
-            body=linear(), head=head(),
-        ),
-        sequences,
-        HEAD,
-    ),
+    "time_first": Case(time_first, sequences, HEAD),
     "time_first_as_many_as_samples": Case(
-        lambda: Net(
-            lambda m, x: m.head(m.body(x.transpose(0, 1)).tanh().mean(0)),
-            body=linear(), head=head(),
-        ),
-        lambda n: torch.randn(n, n, FEATURES),
-        HEAD,
+        time_first, lambda n: torch.randn(n, n, FEATURES), HEAD
     ),
     "rows_in_reverse_order": Case(
         lambda: Net(
@@ -300,7 +284,7 @@ CASES: dict[str, Case] = {
     ),
     "layer_without_entries": Case(
         lambda: Net(lambda m, x: m.head(m.body(x)) + m.none(x).sum(1, keepdim=True),
-                    body=linear(), head=head(), none=Empty()),
+                    body=linear(), head=head(), none=nn.utils.skip_init(nn.Linear, FEATURES, 0)),
         features,
         frozenset({"body.weight", "body.bias", *HEAD, "none.weight", "none.bias"}),
     ),

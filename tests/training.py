@@ -60,7 +60,6 @@ def all_of(model: nn.Module) -> list[Any]:
         [(name, id(p.grad), p.grad if p.grad is None else p.grad.clone())
          for name, p in model.named_parameters()],
         [(name, module.training) for name, module in model.named_modules()],
-        torch.get_rng_state(),
         torch.is_grad_enabled(),
     ]  # fmt: skip
 

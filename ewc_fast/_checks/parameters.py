@@ -12,8 +12,9 @@ from ewc_fast._checks.operands import PARAM_DTYPES, kind, short
 
 
 def named_parameters(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Return the parameters by name; each must be a floating tensor, under a name of its own."""
+    """Return the parameters by name; each must be a floating tensor, given once."""
     params: dict[str, nn.Parameter] = {}
+    names: dict[int, str] = {}
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError(
@@ -30,7 +31,12 @@ def named_parameters(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.
             )
         if name in params:
             raise ValueError(f"parameter {name!r}: given twice; give each name once")
-        params[name] = param
+        if id(param) in names:
+            raise ValueError(
+                f"parameter {name!r}: the same tensor as {names[id(param)]!r}; give each tensor "
+                "once, as model.named_parameters() does"
+            )
+        params[name], names[id(param)] = param, name
     if not params:
         raise ValueError("model: expected at least one parameter, got none")
     return params

@@ -70,10 +70,10 @@ def _read(raw: Any, name: str) -> Batch:
         raise TypeError(f"{name}: expected targets to be a tensor, got {type(targets).__name__}")
     sizes: dict[str, int] = {}
     _collect_sizes(inputs, f"{name} inputs", sizes)
-    if targets is not None:
-        _collect_sizes(targets, f"{name} targets", sizes)
     if not sizes:
         raise TypeError(f"{name}: expected at least one input tensor, got none")
+    if targets is not None:
+        _collect_sizes(targets, f"{name} targets", sizes)
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{path}: {size}" for path, size in sizes.items())
         raise ValueError(
