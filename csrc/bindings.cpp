@@ -45,23 +45,52 @@ std::vector<std::string> level_names() {
   return names;
 }
 
-// The gradients of all parameters, or None where one is frozen or has no gradient. Asked before
-// every step, and several times faster here than a loop in Python.
-py::object gradients_of(const py::list& params) {
-  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-  static PyObject* const requires_grad_name = PyUnicode_InternFromString("requires_grad");
-  py::list grads(params.size());
-  for (std::size_t i = 0; i < params.size(); ++i) {
-    PyObject* param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
-    const auto moves =
-        py::reinterpret_steal<py::object>(PyObject_GetAttr(param, requires_grad_name));
-    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
-    if (!moves || !grad) throw py::error_already_set();
-    if (moves.ptr() != Py_True || grad.is_none()) return py::none();
-    PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), grad.release().ptr());
+// A property of PyTorch's tensors, asked of its C getter directly: looking its name up for every
+// parameter at every step takes longer than the small kernels.
+class Property {
+ public:
+  Property(const py::type& tensor, const char* name)
+      : descriptor_(tensor.attr(name)), getset_(py::isinstance(descriptor_, getset_type())) {}
+
+  py::object of(PyObject* object) const {
+    const auto* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr());
+    if (getset_ && PyObject_TypeCheck(object, PyDescr_TYPE(getset)))
+      return checked(getset->d_getset->get(object, getset->d_getset->closure));
+    return checked(PyObject_CallMethod(descriptor_.ptr(), "__get__", "O", object));
   }
-  return std::move(grads);
-}
+
+ private:
+  static py::handle getset_type() { return reinterpret_cast<PyObject*>(&PyGetSetDescr_Type); }
+  static py::object checked(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+  py::object descriptor_;
+  bool getset_;
+};
+
+class GradientReader {
+ public:
+  explicit GradientReader(const py::type& tensor)
+      : grad_(tensor, "grad"), requires_grad_(tensor, "requires_grad") {}
+
+  // The gradients of all parameters, or None where one is frozen or has no gradient.
+  py::object read(const py::list& params) const {
+    py::list grads(params.size());
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      const auto index = static_cast<Py_ssize_t>(i);
+      PyObject* param = PyList_GET_ITEM(params.ptr(), index);
+      py::object grad = grad_.of(param);
+      if (grad.is_none() || requires_grad_.of(param).ptr() != Py_True) return py::none();
+      PyList_SET_ITEM(grads.ptr(), index, grad.release().ptr());
+    }
+    return std::move(grads);
+  }
+
+ private:
+  Property grad_, requires_grad_;
+};
 
 // Binds a CPU operation: it runs over the plan's table without the interpreter lock.
 template <class Operation>
@@ -106,7 +135,9 @@ PYBIND11_MODULE(_core, m) {
       .def("accepts", &Plan::accepts)
       .def("adopt", &Plan::adopt);
 
-  m.def("gradients_of", gradients_of, py::arg("params"));
+  py::class_<GradientReader>(m, "GradientReader")
+      .def(py::init<py::type>(), py::arg("tensor_type"))
+      .def("__call__", &GradientReader::read, py::arg("params"));
 
   const auto def = [&m](const char* name, auto operation) {
     m.def(name, on_cpu(operation), py::arg("plan"), py::arg("coefficient"), py::arg("threads"),

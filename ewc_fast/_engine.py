@@ -81,14 +81,14 @@ def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
 
 
 def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
-    """Add the groups' values into a float64 scalar on the first parameter's device."""
+    """Add values into a float64 scalar on the first parameter's device."""
     device = params[0].device if params else None
     total: float | Tensor = 0.0
     for value in values:
         total = total + (value.to(device) if isinstance(value, Tensor) else value)
     if isinstance(total, Tensor):
         return total
-    return torch.tensor(total, dtype=torch.float64, device=device)
+    return torch.scalar_tensor(total, dtype=torch.float64, device=device)
 
 
 def penalty(
@@ -137,6 +137,7 @@ def add_penalty_grad_(
     fisher: TensorList,
     anchor: TensorList,
     ewc_lambda: float,
+    constant: float = 0.0,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> Tensor:
@@ -150,7 +151,7 @@ def add_penalty_grad_(
         impl=impl,
         plan=plan,
     )
-    return _scalar(values, params)
+    return _scalar([constant, *values], params)
 
 
 def accumulate_square_(

@@ -19,6 +19,9 @@ core = _core
 reader = _core.TensorReader(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 """Reads addresses and shapes off tensors; shared by all plans, keeps nothing."""
 
+gradients_of = _core.GradientReader(torch.Tensor)
+"""Returns the gradients of a list of parameters, or None if one is frozen or has none."""
+
 
 def cuda_unavailable() -> str | None:
     """Why the CUDA kernels can't run here, or None where they can."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
 from ewc_fast._dispatch import Impl
-from ewc_fast._native import core
+from ewc_fast._native import gradients_of
 
 
 @dataclass
@@ -73,21 +73,25 @@ class ActiveSprings:
             moving._params, moving._fisher, moving._anchor, ewc_lambda=ewc_lambda
         )
 
-    def add_penalty_grad_(self, ewc_lambda: float) -> Tensor:
-        """Add the penalty's gradient to every ``.grad``, made where missing; return the penalty."""
-        grads = core.gradients_of(self._params)
+    def add_penalty_grad_(self, ewc_lambda: float, constant: float) -> Tensor:
+        """Add the penalty's gradient to every ``.grad``, made where missing.
+
+        Return the penalty plus ``constant``.
+        """
+        grads = gradients_of(self._params)
         if grads is None:
             moving = self._moving()  # a frozen parameter may still have an old gradient
             for param in moving._params:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
-            return moving.add_penalty_grad_(ewc_lambda)
+            return moving.add_penalty_grad_(ewc_lambda, constant)
         return functional.add_penalty_grad_(
             grads,
             self._params,
             self._fisher,
             self._anchor,
             ewc_lambda=ewc_lambda,
+            constant=constant,
             impl=self._impl,
             plan=self._gradient_plan,
         )

@@ -161,8 +161,7 @@ class EWC:
         The value is a float64 scalar. Call it after ``backward()``. A trainable parameter without a
         gradient gets one. Does nothing before the first consolidation, and returns 0.
         """
-        value = self._active().add_penalty_grad_(self.ewc_lambda)
-        return value + self.constant_penalty if self._constant else value
+        return self._active().add_penalty_grad_(self.ewc_lambda, self.constant_penalty)
 
     def springs_of(self, params: Iterable[Tensor]) -> ActiveSprings:
         """Return the springs of those among ``params`` that are tracked (for optimizers)."""

@@ -81,13 +81,15 @@ def add_penalty_grad_(
     anchor: Tensors,
     *,
     ewc_lambda: float,
+    constant: float = 0.0,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> Tensor:
     r"""Add :math:`\lambda F (\theta - a)` to ``grads``; return the penalty from the same read.
 
-    The value is :math:`\frac\lambda2 \sum_i F_i (\theta_i - a_i)^2`, a float64 scalar on the first
-    parameter's device. 20 bytes of memory traffic for each float32 parameter.
+    The value is :math:`\frac\lambda2 \sum_i F_i (\theta_i - a_i)^2` plus ``constant`` (what
+    :func:`merge_` left of the penalties before), a float64 scalar on the first parameter's device.
+    20 bytes of memory traffic for each float32 parameter.
 
     >>> import torch
     >>> grad, theta = torch.zeros(2), torch.tensor([1.0, 3.0])
@@ -106,8 +108,8 @@ def add_penalty_grad_(
     ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
     if torch.compiler.is_compiling():
         value: Tensor = torch.ops.ewc_fast.add_penalty_grad_(*lists, ewc_lambda)
-        return value
-    return _engine.add_penalty_grad_(*lists, ewc_lambda, impl=impl, plan=plan)
+        return value + constant
+    return _engine.add_penalty_grad_(*lists, ewc_lambda, constant, impl=impl, plan=plan)
 
 
 def accumulate_square_(

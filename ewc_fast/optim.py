@@ -183,8 +183,8 @@ class EWCOptimizer(Optimizer):
 
     def _add_penalty_grad_(self) -> Tensor:
         (springs,) = self._current_springs()
-        value = springs.add_penalty_grad_(self.ewc.ewc_lambda)
-        self.last_penalty = value + self.ewc.constant_penalty
+        constant = self.ewc.constant_penalty
+        self.last_penalty = springs.add_penalty_grad_(self.ewc.ewc_lambda, constant)
         return self.last_penalty
 
     def _current_springs(self) -> list[ActiveSprings]:

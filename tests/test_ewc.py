@@ -182,7 +182,10 @@ def test_frozen_parameters_are_constants_until_they_are_unfrozen():
     assert ewc.add_penalty_grad_().item() == pytest.approx(partly.item(), rel=2 * u(torch.float32))
     assert not any(p.grad.any() for p in frozen_part.parameters())
     assert all(p.grad.any() for p in model[2].parameters())
+    model[2].requires_grad_(False)
+    assert ewc.penalty().item() < partly.item()
     frozen_part.requires_grad_(True)
+    model[2].requires_grad_(True)
     assert ewc.penalty().item() == whole
 
 

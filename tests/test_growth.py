@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import CLASSES, features, head, linear
+from models import CLASSES, FEATURES, features, head, linear
 from torch import nn
 from training import all_of, batch, consolidated, penalty_by_definition, same, shift
 
@@ -112,6 +112,7 @@ def test_what_leaves_the_model_is_kept_until_it_returns():
     assert torch.equal(ewc.state_dict()["fisher"]["head.weight"], fisher)
     part = ewc.penalty().item()
     assert part < value + ewc.constant_penalty
+    ewc.consolidate_from({n: torch.zeros_like(p) for n, p in model.named_parameters()})
     model.head = removed
     ewc.track()
     assert torch.equal(ewc.fisher["head.weight"], fisher)
@@ -136,6 +137,16 @@ def test_any_other_change_of_shape_is_refused_and_nothing_is_lost(shape, take_up
         take_up(model, ewc)
     assert same(ewc.state_dict(), before)
     assert same(all_of(model), everything)
+
+
+def test_where_one_shape_is_refused_none_is_taken_up():
+    model, ewc = consolidated_tasks()
+    before = copy.deepcopy(ewc.state_dict())
+    model.body.weight = nn.Parameter(torch.randn(7, FEATURES))  # by itself it could be
+    model.head.weight = nn.Parameter(torch.randn(CLASSES, 7))
+    with pytest.raises(ValueError, match=r"'head.weight': expected shape"):
+        ewc.track()
+    assert same(ewc.state_dict(), before)
 
 
 def test_a_grown_state_resumes_in_a_model_of_its_size():

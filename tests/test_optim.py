@@ -271,6 +271,27 @@ def test_a_closure_may_return_no_tensor(value):
         assert result == pytest.approx(value + penalty, rel=4 * u(torch.float32))
 
 
+def test_a_closure_finds_gradients_switched_on():
+    class Old(optim.SGD):
+        """An optimizer that leaves that to its caller, as all did once."""
+
+        def step(self, closure):
+            value = closure()
+            with torch.no_grad():
+                super().step()
+            return value
+
+    model, ewc = consolidated()
+    optimizer = EWCOptimizer(Old(model.parameters(), lr=0.1), ewc)
+
+    def closure():
+        value = loss(model, batch(model))
+        value.backward()
+        return value
+
+    assert optimizer.step(closure).item() > 0
+
+
 def test_a_proximal_step_takes_a_closure_as_it_is():
     model, ewc = consolidated()
     optimizer = EWCOptimizer(optim.SGD(model.parameters(), lr=0.1), ewc, mode="proximal")

@@ -44,6 +44,18 @@ def test_frozen_parameters_stay_where_they_are(mode):
 
 
 @each_mode
+def test_a_group_that_the_inner_optimizer_gained_is_pulled(mode):
+    model, ewc = consolidated()
+    optimizer = EWCOptimizer(optim.SGD(model[0].parameters(), lr=0.01), ewc, mode=mode)
+    before = copy.deepcopy(model[2].weight)
+    optimizer.step()
+    assert torch.equal(model[2].weight, before)
+    optimizer.optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before)
+
+
+@each_mode
 def test_parameters_outside_the_ewc_are_stepped_as_always(mode):
     model = mlp()
     plain, data = copy.deepcopy(model), [batch(model)]

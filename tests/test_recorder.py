@@ -184,6 +184,20 @@ def test_as_many_rows_as_samples_do_not_make_rows_samples(routes, one_at_a_time)
         assert names == experts if len(x) > 1 else experts <= names
 
 
+SECOND_USES = {
+    "in_another_layer": lambda m, x: m.body(m.body(x).tanh()),
+    "in_an_operation_without_rule": lambda m, x: m.body(x).tanh() + x @ m.body.weight,
+}
+
+
+@pytest.mark.parametrize("use_twice", SECOND_USES.values(), ids=SECOND_USES.keys())
+def test_second_uses_are_seen_even_where_verification_cannot_see_them(use_twice):
+    model = Net(lambda m, x: m.head(use_twice(m, x)), body=linear(6, bias=False), head=head())
+    x, y = torch.randn(6, 6), torch.randint(CLASSES, (6,))
+    x[0] = x[-1] = 0  # their gradients are 0, however the weight is used
+    oracle.assert_fisher(fisher_diagonal(model, [(x, y)]), model, [(x, y)])
+
+
 def test_a_parameter_without_rule_in_one_batch_is_not_recorded_later(one_at_a_time):
     def forward(m, x):
         return m.head(m.body(x) if len(x) == 4 else m.body(x[:, None])[:, 0])

@@ -53,9 +53,10 @@ def all_alike(ewc: EWC, _: Images) -> None:
 
 
 # Chosen by the mean accuracy at the end on validation images, over permutations that the demo does
-# not draw (seeds 100 to 107). L2: 0.002 of 0.001 to 0.3 gave 84.0, its neighbours 80.2 and 82.6, and
-# all from 0.05 up less than 80. SGD: rates of 0.01, 0.02 and 0.05 gave 87.1, 85.8 and 86.2, alike
-# within their spread of 2. EWC: 94 to 95 in either form from 10 to 100, the proximal one to 300.
+# not draw (seeds 100 to 107). L2: 0.002 of 0.001 to 0.3 gave 84.0, its neighbours 80.2 and 82.6,
+# and all from 0.05 up less than 80. SGD: rates of 0.01, 0.02 and 0.05 gave 87.1, 85.8 and 86.2,
+# alike within their spread of 2. EWC: 94 to 95 in either form from 10 to 100, the proximal one to
+# 300.
 PLAIN_SGD = Method("SGD, lr 0.2")
 SLOW_SGD = Method("SGD, lr 0.02", lr=0.02)
 UNIFORM_L2 = Method("uniform L2", remember=all_alike, ewc_lambda=0.002)

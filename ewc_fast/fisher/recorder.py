@@ -107,9 +107,9 @@ class Recorder(TorchFunctionMode):
 
     def _record_linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         names = [self._names.get(id(t)) for t in (weight, bias)]
-        # A weight that was computed from parameters, or has hooks, needs its ordinary gradient.
+        # A weight that was computed from parameters needs its ordinary gradient.
         operands = [(weight, names[0])] + ([] if bias is None else [(bias, names[1])])
-        if any(t.requires_grad and (name is None or t._backward_hooks) for t, name in operands):
+        if any(tensor.requires_grad and name is None for tensor, name in operands):
             self._met_no_rule |= {name for name in names if name is not None}
             return F.linear(inputs, weight, bias)
         output = F.linear(inputs, weight, bias)
