@@ -24,6 +24,12 @@ def same_start_for_every_test() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> None:
+    """Keep to one thread: models as small as these only lose where cores are busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill what ``torch.empty`` returns with NaN: whoever forgets to write it is found out."""
     torch.use_deterministic_algorithms(True)

@@ -70,10 +70,6 @@ def routes_to_an_expert(m: Net, x: Tensor) -> Tensor:
     return m.head(x.new_zeros(len(x), 6).index_add(0, sample, routed))
 
 
-def fake_quantised(m: Net, x: Tensor) -> Tensor:
-    return m.head(TimesWeight.apply(m.body(x).tanh(), m.body.weight))
-
-
 class TimesWeight(torch.autograd.Function):
     """An operation that no function mode sees."""
 
@@ -86,6 +82,12 @@ class TimesWeight(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return grad @ weight.t(), x.t() @ grad
+
+
+def without_entries() -> nn.Linear:
+    layer = linear()
+    layer.weight, layer.bias = (nn.Parameter(p.detach()[:0]) for p in layer.parameters())
+    return layer
 
 
 def linear(inputs: int = FEATURES, outputs: int = 6, **options: Any) -> nn.Linear:
@@ -235,9 +237,8 @@ CASES: dict[str, Case] = {
         frozenset({"2.bias", "4.weight", "4.bias"}),
     ),
     "unused_parameter": Case(
-        lambda: Net(
-            lambda m, x: m.net(x), net=mlp(), spare=linear(), lone=nn.Parameter(torch.ones(2))
-        ),
+        lambda: Net(lambda m, x: m.net(x),
+                    net=mlp(), spare=linear(), lone=nn.Parameter(torch.ones(2))),
         features,
         _names("net.0", "net.2", "net.4"),
     ),
@@ -278,13 +279,14 @@ CASES: dict[str, Case] = {
         _names("body", "head"),
     ),
     "weight_also_used_out_of_sight": Case(
-        lambda: Net(fake_quantised, body=linear(), head=linear(FEATURES, CLASSES)),
+        lambda: Net(lambda m, x: m.head(TimesWeight.apply(m.body(x).tanh(), m.body.weight)),
+                    body=linear(), head=linear(FEATURES, CLASSES)),
         features,
         frozenset({"body.bias", *HEAD}),
     ),
     "layer_without_entries": Case(
         lambda: Net(lambda m, x: m.head(m.body(x)) + m.none(x).sum(1, keepdim=True),
-                    body=linear(), head=head(), none=nn.utils.skip_init(nn.Linear, FEATURES, 0)),
+                    body=linear(), head=head(), none=without_entries()),
         features,
         frozenset({"body.weight", "body.bias", *HEAD, "none.weight", "none.bias"}),
     ),

@@ -18,7 +18,7 @@ from training import same
 from ewc_fast import fisher_diagonal
 from ewc_fast.fisher.likelihoods import NAMED
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 
 class Remembering:

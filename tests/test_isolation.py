@@ -9,6 +9,8 @@ from training import all_of, same
 
 from ewc_fast import fisher_diagonal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def world(model):
     return all_of(model), torch.get_rng_state()

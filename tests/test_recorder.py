@@ -25,6 +25,8 @@ from ewc_fast import fisher_diagonal
 from ewc_fast.fisher.estimator import _Pass
 from ewc_fast.fisher.recorder import LinearUse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def one_at_a_time(monkeypatch):
