@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Data = Iterable[tuple[Any, Tensor]]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+IGNORED = -100  # cross_entropy's label of positions that do not count
 
 
 def fisher(
@@ -24,11 +27,13 @@ def fisher(
     likelihood: str = "categorical",
     estimator: str = "exact",
     dtype: torch.dtype = torch.float64,
+    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """Return the Fisher diagonal by name.
 
     ``estimator="exact"`` takes the expectation over the model's own labels; ``"empirical"`` takes
-    the labels in ``data``, whoever drew them.
+    the labels in ``data``, whoever drew them. ``forward(model, inputs)`` stands in for the usual
+    call of the model.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     model = copy.deepcopy(getattr(model, "_orig_mod", model)).to(dtype).eval()
@@ -37,12 +42,15 @@ def fisher(
     samples = 0
     for inputs, targets in data:
         for n in range(len(targets)):
-            outputs = _outputs(model, _change(inputs, lambda t, n=n: _cast(t[n : n + 1], dtype)))
+            sample = _change(inputs, lambda t, n=n: _cast(t[n : n + 1], dtype))
+            outputs = (forward or _outputs)(model, sample)
             for weight, term in TERMS[likelihood, estimator](outputs, targets[n : n + 1]):
-                grads = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
-                for sum_, grad in zip(total, grads, strict=True):
-                    if grad is not None:
-                        sum_ += weight * grad.double().square()
+                model.zero_grad()
+                # Not autograd.grad, which reentrant checkpointing does not support.
+                term.backward(retain_graph=True)
+                for sum_, param in zip(total, params, strict=True):
+                    if param.grad is not None:
+                        sum_ += weight * param.grad.double().square()
             samples += 1
     return {name: sum_ / samples for name, sum_ in zip(names, total, strict=True)}
 
@@ -59,8 +67,8 @@ def _categorical_exact(z: Tensor, _: Tensor) -> Terms:
 
 
 def _categorical_empirical(z: Tensor, y: Tensor) -> Terms:
-    log_p = F.log_softmax(z, dim=1)
-    yield 1.0, log_p.gather(1, y.unsqueeze(1)).sum()
+    log_p, counts = F.log_softmax(z, dim=1), y != IGNORED
+    yield 1.0, log_p.gather(1, (y * counts).unsqueeze(1)).squeeze(1)[counts].sum()
 
 
 def _bernoulli_exact(z: Tensor, _: Tensor) -> Terms:

@@ -10,33 +10,15 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from labels import Remembering, relabelled
 from models import CLASSES, FEATURES, Net, each_model, features, linear, mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import same
 
 from ewc_fast import fisher_diagonal
-from ewc_fast.fisher.likelihoods import NAMED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
-
-
-class Remembering:
-    """A likelihood of the library that keeps the labels it draws."""
-
-    def __init__(self, name):
-        self.known, self.drawn = NAMED[name], []
-
-    def log_prob(self, outputs, targets):
-        return self.known.log_prob(outputs, targets)
-
-    def sample(self, outputs, generator):
-        self.drawn.append(self.known.sample(outputs, generator))
-        return self.drawn[-1]
-
-
-def relabelled(data, drawn):
-    return [(inputs, labels) for (inputs, _), labels in zip(data, drawn, strict=True)]
 
 
 def some_batches(*sizes):
