@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ewc_fast import _checks, functional
+from ewc_fast import _checks
 from ewc_fast.fisher.batches import Batch, call_model, output_tensor, read_batches
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
-from ewc_fast.fisher.recorder import Recorder
-from ewc_fast.fisher.scores import vectors_of
+from ewc_fast.fisher.passes import Pass
+from ewc_fast.fisher.report import FisherDiagonal
+from ewc_fast.fisher.scores import Scores
 
 Estimator = Literal["exact", "sampled", "empirical"]
 
@@ -30,7 +30,8 @@ def fisher_diagonal(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
-) -> dict[str, Tensor]:
+    verify: bool = True,
+) -> FisherDiagonal:
     r"""Return the diagonal Fisher information of every trainable parameter, by name.
 
     .. math:: F_i = \frac1N \sum_n E_{y}\left[\left(
@@ -107,75 +108,24 @@ def fisher_diagonal(
     if max_samples is not None:
         _checks.positive_integer("max_samples", max_samples)
     params = _checks.trainable_parameters(model)
-    pass_ = _Pass(
-        model=getattr(model, "_orig_mod", model),  # a compiled module hides its operations
-        params=params,
-        vectors=vectors_of(likelihood, estimator, draws, generator),
-        forward=forward or call_model,
-    )
+    scores = Scores(likelihood, estimator, draws, generator)
+    run = Pass(_forward(model, forward or call_model), params, scores, verify=verify)
     device = next(iter(params.values())).device
     with left_as_it_was(model), torch.enable_grad():
         shown = _with_progress(batches) if progress else batches
         for batch in read_batches(shown, max_samples, device):
-            pass_.add(batch)
-    return pass_.mean()
+            run.add(batch)
+    return run.mean()
 
 
-class _Pass:
-    """One pass over the data: sums of squares, and how each parameter's are taken."""
+def _forward(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any]
+) -> Callable[[Batch], Tensor]:
+    """Return the function from batches to outputs."""
+    inside = getattr(model, "_orig_mod", model)  # a compiled module hides its operations
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: dict[str, nn.Parameter],
-        vectors: Callable[[Tensor, Tensor | None], Iterable[Tensor]],
-        forward: Callable[[nn.Module, Any], Any],
-    ) -> None:
-        self._model, self._params, self._vectors, self._forward = model, params, vectors, forward
-        self._sums = self._zeros(params)
-        self._slow: set[str] = set()  # not recorded, or distrusted, in some batch
-        self._verified = False
-        self._samples = 0
-
-    def add(self, batch: Batch) -> None:
-        """Add the squares of every sample of the batch."""
-        recorder, outputs = self._watch(batch)
-        recorded: set[str] = set()
-        if batch.size > 1 and outputs.requires_grad:  # else nothing to gain, or to verify on
-            recorded = recorder.recorded() - self._slow
-            if recorded and not self._verified:
-                recorded -= self._verify(batch, recorder, outputs, recorded)
-                self._verified = True
-            self._slow = self._params.keys() - recorded
-        vectors = self._vectors(outputs.detach(), batch.targets)
-        others = [name for name in self._params if name not in recorded]
-        if others:
-            vectors = list(vectors)  # needed again for each sample
-        if recorded:
-            self._backward(recorder, outputs, vectors)
-            sums = {name: self._sums[name] for name in recorded}
-            for use in recorder.uses:
-                use.add_to(sums)
-        if others:
-            for n in range(batch.size):
-                sample, its_vectors = batch.samples(n, n + 1), [v[n : n + 1] for v in vectors]
-                self._add_sample({name: self._sums[name] for name in others}, sample, its_vectors)
-        self._samples += batch.size
-
-    def mean(self) -> dict[str, Tensor]:
-        """Return the mean over all samples."""
-        if self._samples == 0:
-            raise ValueError("batches: expected at least one sample, got none")
-        return {name: total.div_(self._samples) for name, total in self._sums.items()}
-
-    def _watch(self, batch: Batch) -> tuple[Recorder, Tensor]:
-        recorder = Recorder(self._params, batch.size)
-        with recorder:
-            outputs = self._outputs(batch)
-        return recorder, outputs
-
-    def _outputs(self, batch: Batch) -> Tensor:
-        outputs = output_tensor(self._forward(self._model, batch.inputs))
+    def outputs_of(batch: Batch) -> Tensor:
+        outputs = output_tensor(call(inside, batch.inputs))
         if outputs.shape[0] != batch.size:
             raise ValueError(
                 f"outputs: expected {batch.size} samples in dimension 0 like the inputs, got "
@@ -183,97 +133,7 @@ class _Pass:
             )
         return outputs
 
-    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return sums to start from."""
-        params = {name: self._params[name].detach() for name in names}
-        return {
-            name: torch.zeros_like(param, dtype=_checks.state_dtype(param.dtype))
-            for name, param in params.items()
-        }
-
-    def _backward(self, recorder: Recorder, outputs: Tensor, vectors: Iterable[Tensor]) -> None:
-        """Hand the recorder's uses their gradients; those of the parameters are not formed."""
-        edges = [use.edge for use in recorder.uses]
-        for vector in vectors:
-            grads = torch.autograd.grad(
-                outputs, edges, vector, retain_graph=True, allow_unused=True
-            )
-            for use, grad in zip(recorder.uses, grads, strict=True):
-                if grad is not None:
-                    use.add(grad)
-
-    def _add_sample(self, sums: dict[str, Tensor], sample: Batch, vectors: list[Tensor]) -> None:
-        """Add one sample's squares, by its own forward pass and one backward pass a vector."""
-        params = [self._params[name] for name in sums]
-        outputs = self._outputs(sample)
-        if not outputs.requires_grad:
-            return
-        for vector in vectors:
-            grads = torch.autograd.grad(
-                outputs, params, vector, retain_graph=True, allow_unused=True
-            )
-            found = [(s, g) for s, g in zip(sums.values(), grads, strict=True) if g is not None]
-            functional.accumulate_square_([s for s, _ in found], [g for _, g in found])
-
-    def _verify(
-        self, batch: Batch, recorder: Recorder, outputs: Tensor, names: set[str]
-    ) -> set[str]:
-        """Return those names whose squares may differ from single samples'.
-
-        Where rows are not samples, or samples mix, the gradient of two samples' outputs within the
-        batch, squared row by row, is not the sum of squares of those samples' own gradients.
-        """
-        probe = torch.Generator().manual_seed(0)
-        vectors = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
-        distrusted = names & self._on_mixed_rows(recorder, outputs, vectors)
-        together, alone = self._zeros(names), self._zeros(names)
-        vector = torch.zeros_like(outputs)
-        for n in (0, batch.size - 1):
-            vector[n] = vectors[n]
-            self._add_sample(alone, batch.samples(n, n + 1), [vector[n : n + 1]])
-        self._backward(recorder, outputs, [vector])
-        for use in recorder.uses:
-            use.add_to(together)
-        return distrusted | {
-            name
-            for name in names
-            if not _close(together[name], alone[name], self._params[name].dtype)
-        }
-
-    def _on_mixed_rows(
-        self, recorder: Recorder, outputs: Tensor, vectors: Tensor
-    ) -> set[str | None]:
-        """Return the parameters used on rows that are not the samples, one for one, in order.
-
-        If each sample's vector is scaled by a power of two of its own, its row's squares must scale
-        alike. A row that belongs to another sample, or to several, betrays itself.
-        """
-        order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
-        scales = torch.exp2(order % 16 - 8.0).to(outputs)
-        squares = []
-        for sent in (vectors, (vectors.movedim(0, -1) * scales).movedim(-1, 0)):
-            self._backward(recorder, outputs, [sent])
-            squares.append([use.take() for use in recorder.uses])
-        mixed: set[str | None] = set()
-        for use, plain, scaled in zip(recorder.uses, *squares, strict=True):
-            if plain is None or scaled is None:
-                continue
-            expected = plain.sum(1) * scales.to(plain).square()
-            if not torch.allclose(scaled.sum(1), expected, rtol=_tolerance(outputs.dtype), atol=0):
-                mixed |= {use.weight, use.bias}
-        return mixed
-
-
-def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two sets of squares differ by rounding only; wrong ones differ by a factor."""
-    if found.numel() == 0:
-        return True
-    largest = torch.maximum(found.abs().amax(), expected.abs().amax())
-    return bool((found - expected).abs().amax() <= _tolerance(dtype) * largest)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 4 * math.sqrt(torch.finfo(dtype).eps)
+    return outputs_of
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:

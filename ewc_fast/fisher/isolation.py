@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -18,15 +20,39 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    checkpoint = torch.utils.checkpoint
+    checkpoint_hook, checkpoint_function = checkpoint._checkpoint_hook, checkpoint.CheckpointFunction
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[d.index for d in devices]):
             model.eval()
-            yield
+            # Recomputing hides the graph; saved tensors are read where they were saved.
+            checkpoint._checkpoint_hook = _Nothing
+            checkpoint.CheckpointFunction = _Called
+            with torch.compiler.set_stance("force_eager"):
+                yield
     finally:
+        checkpoint._checkpoint_hook = checkpoint_hook
+        checkpoint.CheckpointFunction = checkpoint_function
         for module, training in modes:
             module.training = training
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 setattr(module, name, buffer)  # forward may have put another in its place
                 buffer.copy_(before)
+
+
+class _Nothing(nullcontext[None]):
+    """Stands for the hook that drops what operations save."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+
+class _Called:
+    """Stands for the autograd function that runs a model's part again in the backward pass."""
+
+    @staticmethod
+    def apply(run: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        """Run it once, as if it were not checkpointed."""
+        return run(*args)

@@ -1,143 +1,203 @@
-"""Watches operations while the model runs, and squares per-sample gradients without forming them.
+"""Squares per-sample gradients on their way back, where they are made.
 
-A parameter that meets only operations with a rule is recorded; per-sample gradients of it are never
-formed. Part of the rules so far: a linear layer with one position a sample.
+One backward pass visits the operations that parameters enter. Just before each would hand on its
+gradients, its rule takes what the operation saved and the gradient that arrived, and adds the
+squares; the gradient of the parameter itself is never formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import partial, reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
+from ewc_fast import functional
 from ewc_fast._checks import state_dtype
+from ewc_fast.fisher.graph import Edge, Graph
+from ewc_fast.fisher.per_sample import Dense, OneByOne, Outer, PerSample
+from ewc_fast.fisher.plan import Family, Plan, Use
+from ewc_fast.fisher.rules import Operand, rule_of
+from ewc_fast.fisher.samples import Layout
+from ewc_fast.fisher.stems import shape_at, zeros_at
+from ewc_fast.fisher.tracing import trace
+
+BYTES_AT_ONCE = 4 * 2**20  # of per-sample gradients that are formed: what a cache holds
 
 
-class LinearUse:
-    r"""One use :math:`z = a W^\top + b` with one position a sample, a: (N, in), z: (N, out).
-
-    The per-sample gradient is the outer product :math:`g_n a_n^\top`, so
-
-    .. math:: \sum_k \sum_n (g_{kn} a_n^\top)^2 = (\sum_k g_k \odot g_k)^\top (a \odot a),
-
-    one product for any number k of backward passes.
-    """
+class Recorder:
+    """The backward passes over one batch's graph."""
 
     def __init__(
-        self, inputs: Tensor, output: Tensor, weight: str | None, bias: str | None
-    ) -> None:
-        self._inputs = inputs.detach()
-        self._squares: Tensor | None = None
-        self.edge = get_gradient_edge(output)  # of z as it is now, whatever is done to it in place
-        self.weight, self.bias = weight, bias
-
-    def add(self, grad: Tensor) -> None:
-        """Take the gradient of one backward pass with respect to the layer's output."""
-        squares = grad.to(state_dtype(grad.dtype)).square()
-        self._squares = squares if self._squares is None else self._squares.add_(squares)
-
-    def take(self) -> Tensor | None:
-        """Return the sum of squares of the gradients added so far, (N, out); forget it."""
-        squares, self._squares = self._squares, None
-        return squares
-
-    def add_to(self, sums: Mapping[str, Tensor]) -> None:
-        """Add the squares to the sums of those parameters that are in it; forget them."""
-        squares = self.take()
-        if squares is None:
-            return
-        if self.weight is not None and self.weight in sums:
-            inputs = self._inputs.to(squares.dtype).square()
-            sums[self.weight].addmm_(squares.t(), inputs)
-        if self.bias is not None and self.bias in sums:
-            sums[self.bias].add_(squares.sum(0))
-
-
-class Recorder(TorchFunctionMode):
-    """Notes the operations that have a rule, and which parameters met which."""
-
-    def __init__(self, params: Mapping[str, Tensor], samples: int) -> None:
-        super().__init__()
-        self._names = {id(param): name for name, param in params.items()}
-        self._samples = samples
-        self._times_used: dict[str, int] = {}
-        self._met_no_rule: set[str] = set()
-        self.uses: list[LinearUse] = []
-
-    def recorded(self) -> set[str]:
-        """Return the parameters whose every use was recorded: gradients add up before squaring.
-
-        A second use would have to be added to the first before squaring, which no rule does yet.
-        """
-        once = {name for name, times in self._times_used.items() if times == 1}
-        return once - self._met_no_rule
-
-    def __torch_function__(
         self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func``, and note it where a rule applies."""
-        kwargs = kwargs or {}
-        if func is F.linear and torch.is_grad_enabled():
-            inputs, weight, bias = _linear_arguments(*args, **kwargs)
-            if self._has_rule(inputs, weight):
-                return self._record_linear(inputs, weight, bias)
-        result = func(*args, **kwargs)
-        if _requires_grad(result):
-            self._met_no_rule |= {
-                self._names[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._names
-            }
-        return result
+        graph: Graph,
+        plan: Plan,
+        outputs: Tensor,
+        params: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+    ) -> None:
+        self._graph, self._plan, self._outputs = graph, plan, outputs
+        self._params, self._sums = params, sums
+        self.unresolved: set[str] = set()  # parameters whose squares could not be taken
+        self._layouts = self._find_layouts()
+        self._uses: dict[int, list[tuple[Family, Use]]] = {}
+        for family in plan.families:
+            if self.unresolved.isdisjoint(family.names):
+                for use in family.uses:
+                    self._uses.setdefault(use.node, []).append((family, use))
+        self._ends = sorted(_dead_ends(graph, plan, set(self._uses)))
+        self._one_position: dict[Use, tuple[Family, Outer, Tensor]] = {}
+        self._kept: dict[Family, dict[Use, PerSample]] = {}
+        self._pulled: dict[Family, Tensor] = {}
 
-    def _has_rule(self, inputs: Tensor, weight: Tensor) -> bool:
-        return (
-            inputs.dim() == 2
-            and inputs.shape[0] == self._samples
-            and inputs.dtype == weight.dtype
-            and not torch.is_autocast_enabled(inputs.device.type)
-        )
+    def add(self, vectors: Iterable[Tensor], passes: int) -> None:
+        """Send vectors backward and add the squares; the last pass frees the graph."""
+        for number, vector in enumerate(vectors, 1):
+            self._backward(vector, last=number == passes)
+            for family, kept in self._kept.items():
+                self._square_sums(family, kept)
+            self._kept.clear()
+        self._finish()
 
-    def _record_linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        names = [self._names.get(id(t)) for t in (weight, bias)]
-        # A weight that was computed from parameters needs its ordinary gradient.
-        operands = [(weight, names[0])] + ([] if bias is None else [(bias, names[1])])
-        if any(tensor.requires_grad and name is None for tensor, name in operands):
-            self._met_no_rule |= {name for name in names if name is not None}
-            return F.linear(inputs, weight, bias)
-        output = F.linear(inputs, weight, bias)
-        used = [name for name in names if name is not None]
-        for name in used:
-            self._times_used[name] = self._times_used.get(name, 0) + 1
-        if used:
-            self.uses.append(LinearUse(inputs, output, *names))
-        return output
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Add what waited for the last pass."""
+        for use, (family, outer, squares) in self._one_position.items():
+            _add_product(self._total(family, use), outer, squares)
+        for family, total in self._pulled.items():
+            stem = family.uses[0].stem
+            for name, grad in zip(
+                stem.names, stem.pull(self._graph, total, self._params), strict=True
+            ):
+                self._sums[name].add_(grad)
+
+    def _find_layouts(self) -> dict[Use, Layout]:
+        """Return where the samples are for each use; a family with a use unknown is unresolved."""
+        traced = trace(self._graph, self._outputs, self._plan)
+        found: dict[Use, Layout] = {}
+        for family in self._plan.families:
+            for use in family.uses:
+                layout: Layout | None = traced.get(use)
+                if layout is None and not use.traced and use.layout is not None:
+                    regular = use.layout.resized(len(self._outputs))
+                    shape = shape_at(self._graph, (use.node, 0))
+                    layout = regular if regular.fits(shape) else None
+                if layout is None:
+                    self.unresolved.update(family.names)
+                else:
+                    found[use] = layout
+        return found
+
+    @torch.no_grad()
+    def _backward(self, vector: Tensor, last: bool) -> None:
+        """Run one pass; gradients are taken where they arrive, or are caught at the ends."""
+        nodes = self._graph.nodes
+        hooks = [nodes[at].register_prehook(partial(self._arrive, at)) for at in self._uses]
+        try:
+            caught = torch.autograd.grad(
+                self._outputs,
+                [self._graph.gradient_edge(edge) for edge in self._ends],
+                vector,
+                retain_graph=not last,
+                allow_unused=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        at_ends: dict[int, dict[int, Tensor | None]] = {}
+        for edge, grad in zip(self._ends, caught, strict=True):
+            if edge not in self._plan.dormant:
+                at_ends.setdefault(edge[0], {})[edge[1]] = grad
+            elif grad is not None and grad.any():
+                self.unresolved |= self._plan.dormant[edge]
+        for at, grads in at_ends.items():
+            self._arrive(at, tuple(grads.get(output) for output in range(max(grads) + 1)))
+
+    def _arrive(self, at: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Take the gradients that arrived at an operation."""
+        if grads[0] is None:
+            return
+        node = self._graph.nodes[at]
+        for family, use in self._uses[at]:
+            shape = shape_at(self._graph, use.stem.edge)
+            rule = rule_of(node)
+            gradients = rule(Operand(node, use.place, shape, grads, self._layouts[use]))
+            if family.way in ("joined", "together"):
+                if isinstance(gradients, OneByOne):  # the node may be freed before its turn
+                    gradients = Dense(gradients.gradients(0, gradients.samples))
+                self._kept.setdefault(family, {})[use] = gradients
+            elif isinstance(gradients, Outer) and gradients.positions == 1:
+                self._keep_squares(family, use, gradients)
+            else:
+                gradients.add_squares(self._total(family, use))
+
+    def _keep_squares(self, family: Family, use: Use, outer: Outer) -> None:
+        """Add up g^2 over passes: with one position, one product serves them all."""
+        _, _, before = self._one_position.get(use, (None, None, None))
+        squares = outer.gradient.to(state_dtype(outer.gradient.dtype)).square()
+        self._one_position[use] = family, outer, squares if before is None else before.add_(squares)
+
+    def _total(self, family: Family, use: Use) -> Tensor:
+        """Return where the squares of one use are to be added."""
+        if family.way != "pulled":
+            return use.stem.view(self._sums[use.stem.names[0]])
+        if family not in self._pulled:
+            self._pulled[family] = zeros_at(self._graph, use.stem.edge)
+        return self._pulled[family]
+
+    @torch.no_grad()
+    def _square_sums(self, family: Family, kept: Mapping[Use, PerSample]) -> None:
+        """Square the sums of a parameter's gradients from several uses."""
+        products = [gradients for gradients in kept.values() if isinstance(gradients, Outer)]
+        if family.way == "joined" and len(products) == len(kept):
+            use = next(iter(kept))
+            reduce(Outer.join, products).add_squares(use.stem.view(self._sums[family.names[0]]))
+            return
+        size = sum(self._sums[name].numel() for name in family.names)
+        step = max(1, BYTES_AT_ONCE // (4 * max(size, 1)))
+        for start in range(0, len(self._outputs), step):
+            stop = min(start + step, len(self._outputs))
+            gradients = self._gradients(family, kept, start, stop)
+            functional.accumulate_square_(
+                [self._sums[name] for name in family.names], [*gradients.values()]
+            )
+
+    def _gradients(
+        self, family: Family, kept: Mapping[Use, PerSample], start: int, stop: int
+    ) -> dict[str, Tensor]:
+        """Return the gradients of some samples with respect to a family's parameters."""
+        found = {
+            name: self._sums[name].new_zeros(stop - start, *self._sums[name].shape)
+            for name in family.names
+        }
+        for use, gradients in kept.items():
+            for n, gradient in enumerate(gradients.gradients(start, stop)):
+                if use.stem.is_view:
+                    use.stem.view(found[use.stem.names[0]][n]).add_(gradient)
+                    continue
+                pulled = use.stem.pull(self._graph, gradient, self._params)
+                for name, grad in zip(use.stem.names, pulled, strict=True):
+                    found[name][n].add_(grad)
+        return found
 
 
-def _linear_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return input, weight, bias
+def _add_product(total: Tensor, outer: Outer, squares: Tensor) -> None:
+    """Add (sum_k g_k^2)^T a^2, given one of the g_k and the sum of their squares."""
+    Outer.of(squares.sqrt_(), outer.input, outer.gradient_is_left).add_squares(total)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        return [tensor for value in tree.values() for tensor in _tensors(value)]
-    if isinstance(tree, (tuple, list)):
-        return [tensor for value in tree for tensor in _tensors(value)]
-    return []
-
-
-def _requires_grad(result: Any) -> bool:
-    return any(tensor.requires_grad for tensor in _tensors(result))
+def _dead_ends(graph: Graph, plan: Plan, uses: set[int]) -> set[Edge]:
+    """Return where gradients are caught: nothing behind has a use, so nothing behind need run."""
+    stems = {use.stem.edge for family in plan.families for use in family.uses}
+    goes_on: set[int] = set()
+    for at, links in enumerate(graph.edges):  # operands come before their users
+        for link in links:
+            if link is not None and link not in stems:
+                if link in plan.dormant or link[0] in uses or link[0] in goes_on:
+                    goes_on.add(at)
+    last = uses - goes_on
+    into = {link for links in graph.edges for link in links if link is not None and link[0] in last}
+    if graph.root is not None and graph.root[0] in last:
+        into.add(graph.root)
+    return into | set(plan.dormant)

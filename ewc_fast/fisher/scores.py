@@ -65,3 +65,22 @@ def _score(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
     leaf = outputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(likelihood.log_prob(leaf, targets).sum(), leaf)
     return gradient
+
+
+class Scores:
+    batched = False
+
+    def __init__(self, likelihood, estimator, draws=1, generator=None):
+        self._v = vectors_of(likelihood, estimator, draws, generator)
+        self._e, self._d, self._k = estimator, draws, likelihood
+
+    def vectors(self, outputs, batch):
+        return self._v(outputs.detach(), batch.targets)
+
+    def count(self, outputs, batch):
+        if self._e == "exact":
+            return NAMED[self._k].count(outputs)
+        return self._d if self._e == "sampled" else 1
+
+    def samples(self, outputs, batch):
+        return float(batch.size)

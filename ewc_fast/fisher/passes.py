@@ -1,0 +1,134 @@
+"""One pass over the data: sums of squares, and how each parameter's are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import functional
+from ewc_fast.fisher import _interim  # noqa: F401
+from ewc_fast.fisher.batches import Batch
+from ewc_fast.fisher.graph import Graph
+from ewc_fast.fisher.plan import Plan
+from ewc_fast.fisher.recorder import Recorder
+from ewc_fast.fisher.report import NO_GRADIENT, RECORDED, FisherDiagonal, FisherReport
+from ewc_fast.fisher.scores import Scores
+from ewc_fast.fisher.trial import Forward, Key, key_of, try_samples, watched, zeros_for
+
+BATCHES_IN_A_SUM = 256
+
+
+class Pass:
+    """Sums of squares over batches."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        params: Mapping[str, nn.Parameter],
+        scores: Scores,
+        *,
+        verify: bool,
+    ) -> None:
+        self._forward, self._params, self._scores, self._verify = forward, params, scores, verify
+        self._plans: dict[Key, Plan] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._earlier: dict[str, Tensor] = {}
+        self._batches = 0
+        self._samples = 0.0
+        self._ways = dict.fromkeys(params, NO_GRADIENT)
+
+    def add(self, batch: Batch) -> None:
+        """Add the squares of every sample of the batch."""
+        whole = batch.size == 1 or self._scores.batched
+        if not whole and not self._plans:
+            self._try(batch)
+        self._make_room()
+        outputs, graph, watch = watched(self._forward, batch, self._params)
+        vectors = self._scores.vectors(outputs, batch)
+        self._samples += self._scores.samples(outputs, batch)
+        if not outputs.requires_grad:
+            return
+        if whole:
+            self._add_gradients(set(self._params), outputs, vectors)
+            return
+        self._record(batch, outputs, graph, vectors, key_of(graph, watch))
+
+    def mean(self) -> FisherDiagonal:
+        """Return the mean over all samples."""
+        if self._samples == 0:
+            raise ValueError("batches: expected at least one sample, got none")
+        for name, earlier in self._earlier.items():
+            self._sums[name].add_(earlier)
+        found = FisherDiagonal(
+            {name: total.div_(self._samples) for name, total in self._sums.items()}
+        )
+        found.report = FisherReport(self._ways)
+        return found
+
+    def _record(
+        self, batch: Batch, outputs: Tensor, graph: Graph, vectors: Iterable[Tensor], key: Key
+    ) -> None:
+        if key not in self._plans:
+            self._try(batch)
+        plan = self._plans.setdefault(key, self._without_plan())
+        recorder = Recorder(graph, plan, outputs, self._params, self._sums)
+        if plan.slow or plan.dormant or recorder.unresolved:
+            vectors = list(vectors)  # needed again for each sample
+        recorder.add(vectors, self._scores.count(outputs, batch))
+        slow = plan.slow.keys() | recorder.unresolved
+        for name in plan.recorded() - slow - plan.unused:
+            if self._ways[name] == NO_GRADIENT:
+                self._ways[name] = RECORDED
+        late = "its samples' rows could not be told apart in every batch"
+        self._ways.update({name: plan.slow.get(name, late) for name in sorted(slow)})
+        if recorder.unresolved:
+            del self._plans[key]  # look again at the next batch
+        del outputs, graph, recorder
+        for n in range(batch.size) if slow else ():
+            sample = self._forward(batch.samples(n, n + 1))
+            self._add_gradients(slow, sample, [vector[n : n + 1] for vector in vectors])
+
+    def _try(self, batch: Batch) -> None:
+        key, plan = try_samples(self._forward, batch, self._params, verify=self._verify)
+        self._plans[key] = plan
+
+    def _without_plan(self) -> Plan:
+        reason = "its operations depend on the number of samples"
+        return Plan(slow=dict.fromkeys(self._params, reason))
+
+    def _add_gradients(
+        self, names: set[str], outputs: Tensor, vectors: Iterable[Tensor]
+    ) -> None:
+        """Add the squares of gradients formed as usual: of one sample, or of a whole batch."""
+        if not outputs.requires_grad:
+            return
+        chosen = [name for name in self._params if name in names]
+        for vector in vectors:
+            grads = torch.autograd.grad(
+                outputs,
+                [self._params[name] for name in chosen],
+                vector,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            found = {name: g for name, g in zip(chosen, grads, strict=True) if g is not None}
+            functional.accumulate_square_(
+                [self._sums[name] for name in found], [*found.values()]
+            )
+            for name in found:
+                if self._ways[name] == NO_GRADIENT:
+                    self._ways[name] = RECORDED
+
+    def _make_room(self) -> None:
+        """Start new sums from time to time: float32 loses small addends beside large sums."""
+        if not self._sums:
+            self._sums = zeros_for(self._params)
+        elif self._batches % BATCHES_IN_A_SUM == 0:
+            if not self._earlier:
+                self._earlier = zeros_for(self._params)
+            for name, total in self._sums.items():
+                self._earlier[name].add_(total)
+                total.zero_()
+        self._batches += 1

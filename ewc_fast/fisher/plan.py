@@ -1,0 +1,200 @@
+"""How each parameter's squares are to be taken, found out on a few samples.
+
+The first samples of a batch run through the model once; two backward passes over that small graph
+tell which gradients belong to single samples (see :mod:`ewc_fast.fisher.samples`). A parameter's
+*uses* are where gradients stop doing so: operations on samples whose operand comes from parameters
+alone. A plan holds for every batch whose graph has the same signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ewc_fast.fisher.graph import Edge, Graph, kind_of
+from ewc_fast.fisher.samples import Found, Regular, infer
+from ewc_fast.fisher.stems import Stem, geometry, only_views
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operand, made from parameters, of one operation on samples."""
+
+    node: int
+    place: int
+    stem: Stem
+    layout: Regular | None
+    traced: bool  # the layout need not hold in another batch, and is looked up in each
+
+
+@dataclass(eq=False)
+class Family:
+    """Uses whose gradients meet in some parameter, and the way their squares are taken."""
+
+    uses: list[Use]
+    names: list[str]
+    way: str = ""
+
+
+@dataclass
+class Plan:
+    """What to do with the gradients of a graph."""
+
+    families: list[Family] = field(default_factory=list)
+    dormant: dict[Edge, set[str]] = field(default_factory=dict)  # no gradient was seen there
+    slow: dict[str, str] = field(default_factory=dict)  # parameters it can't record, and why
+    unused: set[str] = field(default_factory=set)
+
+    def distrust(self, name: str, reason: str) -> None:
+        """Take a parameter the slow way, and those whose squares are taken together with it."""
+        self.slow[name] = reason
+        for family in [family for family in self.families if name in family.names]:
+            self.families.remove(family)
+            for other in family.names:
+                self.slow.setdefault(other, f"taken together with {name}: {reason}")
+
+    def recorded(self) -> set[str]:
+        """Return the parameters that are not slow."""
+        return {name for family in self.families for name in family.names} | self.unused
+
+    def traced(self) -> set[int]:
+        """Return the nodes whose samples must be looked up in each batch."""
+        return {use.node for family in self.families for use in family.uses if use.traced}
+
+
+def make_plan(
+    graph: Graph,
+    outputs: Tensor,
+    params: Mapping[str, Tensor],
+    selected_from: int | None,
+) -> Plan:
+    """Return the plan for a graph, given that of a few samples.
+
+    ``selected_from``: the sequence number from which on the forward pass had sent rows elsewhere,
+    by their values: layouts found now need not hold in another batch.
+    """
+    plan = Plan(unused=set(params))
+    if graph.root is None:
+        return plan
+    layouts = _layouts(graph, outputs)
+    uses, silent, lost = [], [], set()
+    seen, stack = {graph.root[0]}, [graph.root[0]]
+    while stack:
+        at = stack.pop()
+        for place, link in enumerate(graph.edges[at]):
+            if link is None:
+                continue
+            # Views of a parameter hold no samples, whether or not a gradient is there to tell.
+            stem = Stem(graph, link)
+            found = "mixed" if stem.is_view else layouts[link]
+            if found == "zero":
+                silent.append(link)
+            elif found == "mixed" and not stem.is_view and only_views(graph.nodes[at]):
+                lost |= set(stem.names)  # samples are told apart above, and must be below
+            elif found == "mixed":
+                uses.append(_use(graph, at, place, stem, layouts, selected_from))
+            elif link[0] not in seen:
+                seen.add(link[0])
+                stack.append(link[0])
+    plan.dormant = {
+        link: names for link in silent if (names := graph.parameters_below(link[0], seen))
+    }
+    plan.families = _families(uses)
+    plan.unused -= {name for family in plan.families for name in family.names} | lost
+    for name in sorted(set().union(*plan.dormant.values()) - plan.unused):
+        plan.distrust(name, "one of its uses had no gradient when it was looked at")
+    for name in sorted(lost):
+        plan.distrust(name, "its samples could not be told apart")
+    for family in plan.families:
+        family.way = _way(family, graph, params)
+    return plan
+
+
+def _layouts(graph: Graph, outputs: Tensor) -> dict[Edge, Found]:
+    """Return the layout of every gradient that arrives at a node with operands."""
+    edges = sorted(
+        {
+            link
+            for links in graph.edges
+            for link in links
+            if link is not None and link[0] not in graph.names
+        }
+    )
+    probe = torch.Generator().manual_seed(0)
+    vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
+    scales = torch.exp2(torch.arange(len(outputs), dtype=torch.float64)).to(outputs.device)
+    scaled = (vector.movedim(0, -1) * scales.to(vector)).movedim(-1, 0)
+    assert graph.root is not None
+    found: dict[Edge, Found] = {graph.root: Regular(0, len(outputs), "major")}
+    if edges:
+        wanted = [graph.gradient_edge(edge) for edge in edges]
+        first, second = (
+            torch.autograd.grad(outputs, wanted, v, retain_graph=True, allow_unused=True)
+            for v in (vector, scaled)
+        )
+        for edge, g, h in zip(edges, first, second, strict=True):
+            found[edge] = "zero" if g is None or h is None else infer(g, h, scales)
+    return found
+
+
+def _use(
+    graph: Graph,
+    at: int,
+    place: int,
+    stem: Stem,
+    layouts: Mapping[Edge, Found],
+    selected_from: int | None,
+) -> Use:
+    layout = next((found for edge, found in layouts.items() if edge[0] == at), None)
+    after_selection = (
+        selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
+    )
+    regular = layout if isinstance(layout, Regular) else None
+    return Use(at, place, stem, regular, after_selection or regular is None)
+
+
+def _families(uses: list[Use]) -> list[Family]:
+    """Group uses that have parameters in common."""
+    families: list[Family] = []
+    for use in uses:
+        met = [family for family in families if set(family.names) & set(use.stem.names)]
+        joined = Family(
+            [other for family in met for other in family.uses] + [use],
+            sorted({name for family in met for name in family.names} | set(use.stem.names)),
+        )
+        families = [family for family in families if family not in met] + [joined]
+    return families
+
+
+def _way(family: Family, graph: Graph, params: Mapping[str, Tensor]) -> str:
+    """Return how a family's squares are taken, fastest first.
+
+    ``"apart"``: each use by itself, for no entry of the parameter has two. ``"pulled"``: the one
+    use's squares, then through its stem. ``"joined"``: uses of one matrix, positions put together.
+    ``"together"``: the gradients of a few samples at a time, added up, then squared.
+    """
+    stems = [use.stem for use in family.uses]
+    if all(stem.is_view for stem in stems):
+        if len(stems) == 1 or _disjoint(stems, params[family.names[0]]):
+            return "apart"
+        name = family.names[0]
+        views = {geometry(stem.view(params[name].new_empty(params[name].shape, device="meta")))
+                 for stem in stems}  # fmt: skip
+        products = {kind_of(graph.nodes[use.node]) for use in family.uses} <= {"Addmm", "Mm"}
+        is_matrix = all(len(stem.view(params[name]).shape) == 2 for stem in stems)
+        if len(views) == 1 and products and is_matrix:
+            return "joined"
+    elif len(stems) == 1 and stems[0].picks_entries(graph, params):
+        return "pulled"
+    return "together"
+
+
+def _disjoint(stems: list[Stem], param: Tensor) -> bool:
+    """Whether no entry of a parameter is in two views."""
+    times = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
+    for stem in stems[:255]:
+        stem.view(times).add_(1)
+    return len(stems) < 255 and bool((times <= 1).all())

@@ -1,0 +1,109 @@
+"""Finds a plan on the first samples of a batch, and holds it to one sample at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ewc_fast._checks import state_dtype
+from ewc_fast.fisher.batches import Batch
+from ewc_fast.fisher.graph import Graph
+from ewc_fast.fisher.plan import Plan, make_plan
+from ewc_fast.fisher.recorder import Recorder
+from ewc_fast.fisher.watch import Watch
+
+SAMPLES_TRIED = 3  # with two, more layouts would look alike
+
+Forward = Callable[[Batch], Tensor]
+Key = tuple[int, bool]  # a graph's signature, and whether rows were selected by value
+
+
+def watched(forward: Forward, batch: Batch, params: Mapping[str, Tensor]) -> tuple[Tensor, Graph, Watch]:
+    """Run the model; return its outputs, their graph and what else there was to see."""
+    with Watch() as watch:
+        outputs = forward(batch)
+    return outputs, Graph(outputs, params), watch
+
+
+def key_of(graph: Graph, watch: Watch) -> Key:
+    """Return what batches must have in common to share a plan."""
+    return graph.signature, watch.selected_from is None
+
+
+def try_samples(
+    forward: Forward, batch: Batch, params: Mapping[str, Tensor], *, verify: bool
+) -> tuple[Key, Plan]:
+    """Return a plan made on a batch's first samples, and the key of the batches it holds for."""
+    few = batch.samples(0, SAMPLES_TRIED)
+    outputs, graph, watch = watched(forward, few, params)
+    if not outputs.requires_grad:
+        return key_of(graph, watch), Plan(unused=set(params))
+    plan = make_plan(graph, outputs, params, watch.selected_from)
+    if verify:
+        _verify(plan, graph, outputs, forward, few, params)
+    return key_of(graph, watch), plan
+
+
+def zeros_for(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return sums to start from."""
+    return {
+        name: torch.zeros(param.shape, dtype=state_dtype(param.dtype), device=param.device)
+        for name, param in params.items()
+    }
+
+
+def _verify(
+    plan: Plan,
+    graph: Graph,
+    outputs: Tensor,
+    forward: Forward,
+    batch: Batch,
+    params: Mapping[str, Tensor],
+) -> None:
+    """Distrust what differs from single samples' own gradients, squared; raise if samples mix."""
+    probe = torch.Generator().manual_seed(2)
+    vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
+    left = zeros_for(params)  # what was recorded, less what single samples give
+    recorder = Recorder(graph, plan, outputs, params, left)
+    recorder.add([vector], 1)
+    largest = {name: _largest(values) for name, values in left.items()}
+    for n in range(batch.size):
+        alone = forward(batch.samples(n, n + 1))
+        _check_apart(outputs[n : n + 1], alone)
+        grads = torch.autograd.grad(
+            alone, [*params.values()], vector[n : n + 1], allow_unused=True
+        )
+        for (name, values), grad in zip(left.items(), grads, strict=True):
+            if grad is not None:
+                values.sub_(grad.to(values.dtype).square())
+    for name, values in left.items():
+        wrong = name in recorder.unresolved or _largest(values) > _tolerance(
+            params[name].dtype
+        ) * max(largest[name], _largest(values))
+        if wrong and name not in plan.slow:
+            plan.distrust(name, "its recorded squares differed from single samples'")
+
+
+def _check_apart(together: Tensor, alone: Tensor) -> None:
+    tolerance = _tolerance(alone.dtype)
+    if alone.shape == together.shape:
+        difference = _largest((alone - together).detach())
+        if not difference > tolerance * max(_largest(together.detach()), 1e-6):
+            return
+    raise ValueError(
+        "model: a sample's outputs depend on the other samples of its batch, or on chance, so it "
+        "has no gradient of its own (batch statistics, sums over the batch, random numbers in eval "
+        "mode?); use batches of one sample, or verify=False if the difference is meant"
+    )
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().amax().item() if values.numel() else 0.0
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Return what rounding may make of squares, relative to the largest; wrong is a factor."""
+    return 4 * math.sqrt(torch.finfo(dtype).eps)
