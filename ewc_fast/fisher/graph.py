@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -81,6 +82,22 @@ class Graph:
             seen |= behind
             stack.extend(behind)
         return found
+
+    def coarsest_dtypes(self) -> dict[str, torch.dtype]:
+        """Return for each parameter the coarsest dtype that its gradients pass through."""
+        passed: list[torch.dtype | None] = [None] * len(self.nodes)
+        for at in reversed(range(len(self.nodes))):  # users come before their operands
+            own = [m.dtype for m in self.nodes[at]._input_metadata if m.dtype.is_floating_point]
+            passed[at] = _coarsest([*own, passed[at]])
+            for link in self.edges[at]:
+                if link is not None:
+                    passed[link[0]] = _coarsest([passed[link[0]], passed[at]])
+        return {name: dtype for at, name in self.names.items() if (dtype := passed[at]) is not None}
+
+
+def _coarsest(dtypes: list[torch.dtype | None]) -> torch.dtype | None:
+    known = [dtype for dtype in dtypes if dtype is not None]
+    return max(known, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def kind_of(node: Any) -> str:

@@ -47,6 +47,7 @@ class Plan:
     dormant: dict[Edge, set[str]] = field(default_factory=dict)  # no gradient was seen there
     slow: dict[str, str] = field(default_factory=dict)  # parameters it can't record, and why
     unused: set[str] = field(default_factory=set)
+    keeps_graph: bool = True  # operations without a rule run their own backward pass later
 
     def distrust(self, name: str, reason: str) -> None:
         """Take a parameter the slow way, and those whose squares are taken together with it."""

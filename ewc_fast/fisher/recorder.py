@@ -16,9 +16,9 @@ from torch import Tensor
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
 from ewc_fast.fisher.graph import Edge, Graph
-from ewc_fast.fisher.per_sample import Dense, OneByOne, Outer, PerSample
+from ewc_fast.fisher.per_sample import Outer, PerSample
 from ewc_fast.fisher.plan import Family, Plan, Use
-from ewc_fast.fisher.rules import Operand, rule_of
+from ewc_fast.fisher.rules import Operand, by_its_own_backward, by_rule
 from ewc_fast.fisher.samples import Layout
 from ewc_fast.fisher.stems import shape_at, zeros_at
 from ewc_fast.fisher.tracing import trace
@@ -50,11 +50,16 @@ class Recorder:
         self._one_position: dict[Use, tuple[Family, Outer, Tensor]] = {}
         self._kept: dict[Family, dict[Use, PerSample]] = {}
         self._pulled: dict[Family, Tensor] = {}
+        self._waiting: list[tuple[Family, Use, Operand]] = []
+        self.had_to_wait = False  # for the graph's own backward functions
 
     def add(self, vectors: Iterable[Tensor], passes: int) -> None:
         """Send vectors backward and add the squares; the last pass frees the graph."""
         for number, vector in enumerate(vectors, 1):
             self._backward(vector, last=number == passes)
+            for family, use, operand in self._waiting:
+                self._take(family, use, by_its_own_backward(operand))
+            self._waiting.clear()
             for family, kept in self._kept.items():
                 self._square_sums(family, kept)
             self._kept.clear()
@@ -99,7 +104,7 @@ class Recorder:
                 self._outputs,
                 [self._graph.gradient_edge(edge) for edge in self._ends],
                 vector,
-                retain_graph=not last,
+                retain_graph=self._plan.keeps_graph or not last,
                 allow_unused=True,
             )
         finally:
@@ -121,16 +126,24 @@ class Recorder:
         node = self._graph.nodes[at]
         for family, use in self._uses[at]:
             shape = shape_at(self._graph, use.stem.edge)
-            rule = rule_of(node)
-            gradients = rule(Operand(node, use.place, shape, grads, self._layouts[use]))
-            if family.way in ("joined", "together"):
-                if isinstance(gradients, OneByOne):  # the node may be freed before its turn
-                    gradients = Dense(gradients.gradients(0, gradients.samples))
-                self._kept.setdefault(family, {})[use] = gradients
-            elif isinstance(gradients, Outer) and gradients.positions == 1:
-                self._keep_squares(family, use, gradients)
+            operand = Operand(node, use.place, shape, grads, self._layouts[use])
+            gradients = by_rule(operand)
+            if gradients is not None:
+                self._take(family, use, gradients)
+            elif self._plan.keeps_graph:  # inside a backward pass a node hands on what it must
+                self._waiting.append((family, use, operand))
+                self.had_to_wait = True
             else:
-                gradients.add_squares(self._total(family, use))
+                raise RuntimeError(f"{node.name()}: its rule fitted a few samples, but not a batch")
+
+    @torch.no_grad()
+    def _take(self, family: Family, use: Use, gradients: PerSample) -> None:
+        if family.way in ("joined", "together"):
+            self._kept.setdefault(family, {})[use] = gradients
+        elif isinstance(gradients, Outer) and gradients.positions == 1:
+            self._keep_squares(family, use, gradients)
+        else:
+            gradients.add_squares(self._total(family, use))
 
     def _keep_squares(self, family: Family, use: Use, outer: Outer) -> None:
         """Add up g^2 over passes: with one position, one product serves them all."""

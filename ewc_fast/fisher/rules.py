@@ -58,12 +58,12 @@ class Operand:
         """Return (samples, positions, features) of a matrix whose columns are laid out so."""
         return self.layout.by_sample(tensor).movedim(1, -1).flatten(1, -2)
 
-    def reduced(self, unreduced: Tensor, shape: tuple[int, ...] | None = None) -> PerSample:
+    def reduced(self, unreduced: Tensor, shape: tuple[int, ...] | None = None) -> PerSample | None:
         """Sum a gradient of the result's shape to that of an operand which was broadcast."""
         shape = tuple(self.shape if shape is None else shape)
         full = (1,) * (unreduced.dim() - len(shape)) + shape
         if full[self.dim] != 1:
-            return one_by_one(self)
+            return None
         values = self.layout.by_sample(unreduced)
         # samples, dimensions before, two of the samples' dimension, dimensions behind
         places = [d + 1 if d < self.dim else d + 2 for d in range(len(full))]
@@ -76,26 +76,31 @@ class Operand:
         dtype = state_dtype(values.dtype)
         return Dense(values.sum(dims, dtype=dtype).reshape(len(values), *self.shape))
 
-    def per_channel(self, unreduced: Tensor) -> PerSample:
+    def per_channel(self, unreduced: Tensor) -> PerSample | None:
         """Sum a gradient of the result's shape (samples, channels, ...) to the channels'."""
         return self.reduced(unreduced, (*self.shape, *[1] * (unreduced.dim() - 2)))
 
 
-Rule = Callable[[Operand], PerSample]
+Rule = Callable[[Operand], "PerSample | None"]
 
 
-def rule_of(node: Any) -> Rule:
-    """Return the rule for the operation that a node of the graph belongs to."""
-    return RULES.get(kind_of(node), any_operation)
+def by_rule(use: Operand) -> PerSample | None:
+    """Return the gradients of a use, or ``None`` if no rule fits it."""
+    rule = RULES.get(kind_of(use.node))
+    return None if rule is None else rule(use)
 
 
-def any_operation(use: Operand) -> PerSample:
-    """Run the operation's own backward pass: once, if that leaves the sums over entries to us."""
-    if isinstance(use.node, torch.autograd.function.BackwardCFunction):
-        return one_by_one(use)
-    gradient = use.node(*use.grads)[use.place]
-    if gradient is not None and gradient.shape == use.grad.shape != use.shape:
-        return use.reduced(gradient)
+def by_its_own_backward(use: Operand) -> PerSample:
+    """Run any operation's own backward pass: once if elementwise, else once for each sample.
+
+    An elementwise operation leaves the sum over what its operand was broadcast to, to autograd.
+    """
+    if not isinstance(use.node, torch.autograd.function.BackwardCFunction):
+        gradient = use.node(*use.grads)[use.place]
+        if gradient is not None and gradient.shape == use.grad.shape != use.shape:
+            summed = use.reduced(gradient)
+            if summed is not None:
+                return summed
     return one_by_one(use)
 
 
@@ -118,20 +123,20 @@ def _samples(use: Operand) -> int:
     return len(use.layout.by_sample(use.grad))
 
 
-def _mm(use: Operand, first: Tensor, second: Tensor, grad: Tensor, place: int) -> PerSample:
+def _mm(use: Operand, first: Tensor, second: Tensor, grad: Tensor, place: int) -> Outer | None:
     if place == 1 and use.dim == 0:  # d second = first^T grad
         return Outer(use.rows(first), use.rows(grad), gradient_is_left=False)
     if place == 0 and use.dim == 1:  # d first = grad second^T
         return Outer(use.columns(grad), use.columns(second), gradient_is_left=True)
-    return one_by_one(use)
+    return None
 
 
-def mm(use: Operand) -> PerSample:
+def mm(use: Operand) -> PerSample | None:
     """Z = A B."""
     return _mm(use, use.node._saved_self, use.node._saved_mat2, use.grad, use.place)
 
 
-def addmm(use: Operand) -> PerSample:
+def addmm(use: Operand) -> PerSample | None:
     """Z = beta C + alpha A B."""
     if use.place == 0:
         return use.reduced(_times(use.grad, use.node._saved_beta))
@@ -139,22 +144,22 @@ def addmm(use: Operand) -> PerSample:
     return _mm(use, use.node._saved_mat1, use.node._saved_mat2, grad, use.place - 1)
 
 
-def _bmm(use: Operand, first: Tensor, second: Tensor, grad: Tensor, place: int) -> PerSample:
+def _bmm(use: Operand, first: Tensor, second: Tensor, grad: Tensor, place: int) -> PerSample | None:
     if not isinstance(use.layout, Regular) or use.dim != 2 - place:
-        return one_by_one(use)
+        return None
     layout = Regular(1 - place, use.layout.samples, use.layout.within)
     inner = Operand(use.node, place, use.shape[1:], use.grads, layout)
-    operands = zip(*(t if t is not None else [None] * len(grad) for t in (first, second, grad)))  # noqa: B905
-    blocks = [_mm(inner, *block, place) for block in operands]
-    return Blocks(blocks)  # type: ignore[arg-type]
+    other = first if place == 1 else second
+    blocks = [_mm(inner, here, here, g, place) for here, g in zip(other, grad, strict=True)]
+    return Blocks([block for block in blocks if block is not None])
 
 
-def bmm(use: Operand) -> PerSample:
+def bmm(use: Operand) -> PerSample | None:
     """Z[b] = A[b] B[b]."""
     return _bmm(use, use.node._saved_self, use.node._saved_mat2, use.grad, use.place)
 
 
-def baddbmm(use: Operand) -> PerSample:
+def baddbmm(use: Operand) -> PerSample | None:
     """Z[b] = beta C[b] + alpha A[b] B[b]."""
     if use.place == 0:
         return use.reduced(_times(use.grad, use.node._saved_beta))
@@ -162,20 +167,20 @@ def baddbmm(use: Operand) -> PerSample:
     return _bmm(use, use.node._saved_batch1, use.node._saved_batch2, grad, use.place - 1)
 
 
-def mv(use: Operand) -> PerSample:
+def mv(use: Operand) -> PerSample | None:
     """z = A b."""
     if use.place == 1:
         rows, grad = use.rows(use.node._saved_self), use.rows(use.grad.unsqueeze(1))
         dtype = state_dtype(rows.dtype)
         return Dense((rows.to(dtype) * grad.to(dtype)).sum(1))
-    return one_by_one(use)
+    return None
 
 
-def trilinear(use: Operand) -> PerSample:
+def trilinear(use: Operand) -> PerSample | None:
     """z[o] = x^T W[o] y: the outer product of grad and x, and of that with y."""
     node = use.node
     if use.place != 1 or use.dim != 0 or node._saved_sumdim != (2, 3):
-        return one_by_one(use)
+        return None
     left, first, right = (use.rows(t) for t in (use.grad, node._saved_i1, node._saved_i3))
     both = (left.unsqueeze(3) * first.unsqueeze(2)).flatten(2)
     return Reshaped(Outer(both, right, gradient_is_left=True), use.shape)
@@ -197,10 +202,10 @@ class Reshaped:
         return self.of.gradients(start, stop).view(-1, *self.shape)
 
 
-def convolution(use: Operand) -> PerSample:
+def convolution(use: Operand) -> PerSample | None:
     """Convolutions of any dimension, transposed too."""
     if use.dim != 0:
-        return one_by_one(use)
+        return None
     if use.place == 2:
         return use.per_channel(use.grad)
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
@@ -211,60 +216,60 @@ def convolution(use: Operand) -> PerSample:
     return Convolution(grads, inputs, tuple(use.shape), geometry)
 
 
-def embedding(use: Operand) -> PerSample:
+def embedding(use: Operand) -> PerSample | None:
     """Rows of a table, chosen by indices."""
     if use.node._saved_scale_grad_by_freq:  # counts the other samples' indices too
-        return one_by_one(use)
+        return None
     return _rows(use, use.node._saved_indices, use.node._saved_padding_idx)
 
 
-def index(use: Operand) -> PerSample:
+def index(use: Operand) -> PerSample | None:
     """``table[indices]``."""
     indices = use.node._saved_indices
     if len(indices) != 1 or indices[0] is None or indices[0].dtype != torch.long:
-        return one_by_one(use)
+        return None
     return _rows(use, indices[0] % use.shape[0], -1)
 
 
-def _rows(use: Operand, indices: Tensor, padding_idx: int) -> PerSample:
+def _rows(use: Operand, indices: Tensor, padding_idx: int) -> PerSample | None:
     if use.dim >= indices.dim():
-        return one_by_one(use)
+        return None
     chosen = use.layout.by_sample(indices).flatten(1)
     values = use.layout.by_sample(use.grad.flatten(indices.dim())).flatten(1, -2)
     values = values.masked_fill((chosen == padding_idx).unsqueeze(2), 0)
     return Rows(chosen, values, tuple(use.shape))
 
 
-def add(use: Operand) -> PerSample:
+def add(use: Operand) -> PerSample | None:
     """Z = A + alpha B."""
     return use.reduced(_times(use.grad, use.node._saved_alpha if use.place == 1 else 1))
 
 
-def sub(use: Operand) -> PerSample:
+def sub(use: Operand) -> PerSample | None:
     """Z = A - alpha B: the sign squares away, but not beside other uses."""
     return use.reduced(_times(use.grad, -use.node._saved_alpha if use.place == 1 else 1))
 
 
-def mul(use: Operand) -> PerSample:
+def mul(use: Operand) -> PerSample | None:
     """Z = A * B."""
     other = use.node._saved_other if use.place == 0 else use.node._saved_self
-    return any_operation(use) if other is None else use.reduced(use.grad * other)
+    return None if other is None else use.reduced(use.grad * other)
 
 
-def expand(use: Operand) -> PerSample:
+def expand(use: Operand) -> PerSample | None:
     """One tensor for all samples, made explicit."""
     return use.reduced(use.grad)
 
 
-def repeat(use: Operand) -> PerSample:
+def repeat(use: Operand) -> PerSample | None:
     """One copy for each sample."""
     values = use.layout.by_sample(use.grad)
     if values[0].numel() != use.shape.numel():
-        return one_by_one(use)
+        return None
     return Dense(values.reshape(len(values), *use.shape))
 
 
-def layer_norm(use: Operand) -> PerSample:
+def layer_norm(use: Operand) -> PerSample | None:
     """Z = w (x - mean) / deviation + b over the last dimensions."""
     if use.place == 2:
         return use.reduced(use.grad)
@@ -272,7 +277,7 @@ def layer_norm(use: Operand) -> PerSample:
     return use.reduced((node._saved_input - node._saved_result1) * node._saved_result2 * use.grad)
 
 
-def group_norm(use: Operand) -> PerSample:
+def group_norm(use: Operand) -> PerSample | None:
     """Z = w (x - mean) / deviation + b over groups of channels."""
     if use.place == 2:
         return use.per_channel(use.grad)
@@ -282,19 +287,19 @@ def group_norm(use: Operand) -> PerSample:
     return use.per_channel(normal.view(use.grad.shape) * use.grad)
 
 
-def batch_norm(use: Operand) -> PerSample:
+def batch_norm(use: Operand) -> PerSample | None:
     """Z = w (x - mean) / deviation + b with running statistics."""
     if use.place == 2:
         return use.per_channel(use.grad)
     node, behind = use.node, [1] * (use.grad.dim() - 2)
     if node._saved_training:
-        return one_by_one(use)
+        return None
     mean = node._saved_running_mean.view(-1, *behind)
     scale = (node._saved_running_var + node._saved_eps).rsqrt().view(-1, *behind)
     return use.per_channel((node._saved_input - mean) * scale * use.grad)
 
 
-def rms_norm(use: Operand) -> PerSample:
+def rms_norm(use: Operand) -> PerSample | None:
     """Z = w x / root mean square."""
     return use.reduced(use.node._saved_input * use.node._saved_result1 * use.grad)
 
