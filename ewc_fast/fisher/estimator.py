@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import _checks, functional
-from ewc_fast.fisher.batches import Batch, call_model, output_tensor, read_batches
+from ewc_fast.fisher.batches import Batch, call_model, read_batches, run_model, with_progress
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
 from ewc_fast.fisher.recorder import Recorder
-from ewc_fast.fisher.scores import vectors_of
+from ewc_fast.fisher.scores import Scores
 
-Estimator = Literal["exact", "sampled", "empirical"]
+Estimator = Literal["exact", "sampled", "rademacher", "empirical", "batched"]
 
 
 def fisher_diagonal(
@@ -46,27 +46,38 @@ def fisher_diagonal(
         Runs in eval mode: dropout off, batch norm by its running statistics. It comes back as it
         was: mode, gradients, ``requires_grad``, buffers, random state.
     batches
-        Iterable of ``(inputs, targets)``, of inputs alone, or of mappings that may have
-        ``"labels"``; samples in dimension 0 of every tensor, batches of any size. Tensors are
-        moved to the model's device. Inputs that are a tuple or mapping are passed to the model by
-        position or keyword.
+        Iterable of ``(inputs, targets)``, of ``(inputs, targets, weights)``, of inputs alone, or of
+        mappings that may have ``"labels"`` and ``"sample_weight"``; samples in dimension 0 of every
+        tensor, batches of any size. Tensors are moved to the model's device. Inputs that are a
+        tuple or mapping are passed to the model by position or keyword. A tuple ``(a, b)`` is
+        always read as inputs and targets: two inputs without targets are ``((a, b),)``. With
+        weights :math:`w_n \ge 0`, shape (N,), the result is the weighted mean
+        :math:`\sum_n w_n E[g_n^2] / \sum_n w_n`.
     likelihood
-        ``"categorical"`` (logits, classes in dimension 1), ``"bernoulli"`` (logits of independent
-        labels), ``"gaussian"`` (means, unit variance), or an object with
-        ``log_prob(outputs, targets) -> (N,)`` and ``sample(outputs, generator)``.
+        What the outputs mean: ``"categorical"`` (logits, classes in dimension 1), ``"causal_lm"``
+        (logits (N, T, V), targets the input ids), ``"bernoulli"`` (logits of independent labels),
+        ``"gaussian"`` (means, unit variance), ``"heteroscedastic_gaussian"`` (means, then
+        log-variances), ``"poisson"`` (log-rates); an object of :mod:`ewc_fast.fisher` with other
+        options, as ``Categorical(dim=-1, classes=[2, 3])``; or an object of your own, see
+        :class:`~ewc_fast.fisher.Likelihood`.
     estimator
         ``"exact"``: expectation over the model's own labels in closed form, C - 1 backward passes
         for C classes. ``"sampled"``: labels drawn from the model, unbiased for ``exact``.
-        ``"empirical"``: the data's labels; not the Fisher information, though often used for it.
+        ``"rademacher"``: the vectors of ``exact`` with random signs in one backward pass, unbiased
+        for it too. ``"empirical"``: the data's labels; not the Fisher information, though often
+        used for it. ``"batched"``: the mean over batches of the square of the gradient of a
+        batch's MEAN log-likelihood, at the data's labels, as other code computes it: BIASED, near
+        an optimum too small by about the batch size b, and kept only to reproduce results. Times
+        :math:`b^2` it is the square of the summed gradient.
     max_samples
         Stop after so many samples.
     draws
-        Labels drawn for each sample, ``estimator="sampled"`` only.
+        Backward passes to average, ``estimator="sampled"`` and ``"rademacher"`` only.
     forward
         ``forward(model, inputs) -> outputs`` where the usual call does not fit.
     generator
-        Source of the drawn labels. Without it the global one is used and set back afterwards, so
-        that equal calls draw equal labels.
+        Source of the drawn labels or signs, on the model's device. Without it the global one is
+        used and set back afterwards, so that equal calls draw equal labels.
     progress
         Show a progress bar (needs tqdm).
 
@@ -84,8 +95,8 @@ def fisher_diagonal(
     Raises
     ------
     TypeError, ValueError
-        For data without samples or batch dimension, missing labels, unknown names, or ``"exact"``
-        with more than 1,000 directions.
+        For data without samples or batch dimension, missing or impossible labels, bad weights,
+        unknown names, or ``"exact"`` with more than 1,000 directions.
 
     References
     ----------
@@ -100,23 +111,20 @@ def fisher_diagonal(
     >>> {name: tuple(values.shape) for name, values in fisher.items()}
     {'weight': (3, 4), 'bias': (3,)}
     """
-    _checks.one_of("estimator", estimator, ("exact", "sampled", "empirical"))
-    _checks.positive_integer("draws", draws)
-    if draws != 1 and estimator != "sampled":
-        raise ValueError(f"draws: only estimator='sampled' draws labels, got {estimator!r}")
+    scores = Scores(likelihood, estimator, draws, generator)
     if max_samples is not None:
         _checks.positive_integer("max_samples", max_samples)
     params = _checks.trainable_parameters(model)
     pass_ = _Pass(
         model=getattr(model, "_orig_mod", model),  # a compiled module hides its operations
         params=params,
-        vectors=vectors_of(likelihood, estimator, draws, generator),
+        scores=scores,
         forward=forward or call_model,
     )
     device = next(iter(params.values())).device
     with left_as_it_was(model), torch.enable_grad():
-        shown = _with_progress(batches) if progress else batches
-        for batch in read_batches(shown, max_samples, device):
+        read = read_batches(batches, max_samples, device)
+        for batch in with_progress(read, batches, max_samples) if progress else read:
             pass_.add(batch)
     return pass_.mean()
 
@@ -128,17 +136,20 @@ class _Pass:
         self,
         model: nn.Module,
         params: dict[str, nn.Parameter],
-        vectors: Callable[[Tensor, Tensor | None], Iterable[Tensor]],
+        scores: Scores,
         forward: Callable[[nn.Module, Any], Any],
     ) -> None:
-        self._model, self._params, self._vectors, self._forward = model, params, vectors, forward
+        self._model, self._params, self._scores, self._forward = model, params, scores, forward
         self._sums = self._zeros(params)
         self._slow: set[str] = set()  # not recorded, or distrusted, in some batch
         self._verified = False
-        self._samples = 0
+        self._samples = 0.0
 
     def add(self, batch: Batch) -> None:
         """Add the squares of every sample of the batch."""
+        if self._scores.batched:
+            self._add_whole(batch)
+            return
         recorder, outputs = self._watch(batch)
         recorded: set[str] = set()
         if batch.size > 1 and outputs.requires_grad:  # else nothing to gain, or to verify on
@@ -147,7 +158,7 @@ class _Pass:
                 recorded -= self._verify(batch, recorder, outputs, recorded)
                 self._verified = True
             self._slow = self._params.keys() - recorded
-        vectors = self._vectors(outputs.detach(), batch.targets)
+        vectors = self._scores.vectors(outputs, batch)
         others = [name for name in self._params if name not in recorded]
         if others:
             vectors = list(vectors)  # needed again for each sample
@@ -160,12 +171,19 @@ class _Pass:
             for n in range(batch.size):
                 sample, its_vectors = batch.samples(n, n + 1), [v[n : n + 1] for v in vectors]
                 self._add_sample({name: self._sums[name] for name in others}, sample, its_vectors)
-        self._samples += batch.size
+        self._samples += self._scores.samples(outputs, batch)
+
+    def _add_whole(self, batch: Batch) -> None:
+        """Add the square of the whole batch's gradient: not the Fisher of any sample."""
+        outputs = self._outputs(batch)
+        vectors = self._scores.vectors(outputs, batch)
+        self._add_squares(self._sums, outputs, vectors)
+        self._samples += self._scores.samples(outputs, batch)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over all samples."""
         if self._samples == 0:
-            raise ValueError("batches: expected at least one sample, got none")
+            raise ValueError("batches: expected at least one sample, got none that counts")
         return {name: total.div_(self._samples) for name, total in self._sums.items()}
 
     def _watch(self, batch: Batch) -> tuple[Recorder, Tensor]:
@@ -175,13 +193,7 @@ class _Pass:
         return recorder, outputs
 
     def _outputs(self, batch: Batch) -> Tensor:
-        outputs = output_tensor(self._forward(self._model, batch.inputs))
-        if outputs.shape[0] != batch.size:
-            raise ValueError(
-                f"outputs: expected {batch.size} samples in dimension 0 like the inputs, got "
-                f"shape {tuple(outputs.shape)}"
-            )
-        return outputs
+        return run_model(self._forward, self._model, batch)
 
     def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return sums to start from."""
@@ -204,8 +216,13 @@ class _Pass:
 
     def _add_sample(self, sums: dict[str, Tensor], sample: Batch, vectors: list[Tensor]) -> None:
         """Add one sample's squares, by its own forward pass and one backward pass a vector."""
+        self._add_squares(sums, self._outputs(sample), vectors)
+
+    def _add_squares(
+        self, sums: dict[str, Tensor], outputs: Tensor, vectors: Iterable[Tensor]
+    ) -> None:
+        """Add the squares of the whole gradient, one backward pass a vector."""
         params = [self._params[name] for name in sums]
-        outputs = self._outputs(sample)
         if not outputs.requires_grad:
             return
         for vector in vectors:
@@ -274,12 +291,3 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return 4 * math.sqrt(torch.finfo(dtype).eps)
-
-
-def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-    bar: Iterable[Any] = tqdm(batches, desc="Fisher", unit="batch")
-    return bar
