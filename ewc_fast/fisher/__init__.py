@@ -1,3 +1,4 @@
+"""The Fisher information of a model: its diagonal, exact for every sample, or the whole matrix."""
 
 from ewc_fast.fisher.batches import Batch
 from ewc_fast.fisher.estimator import Estimator, fisher_diagonal
@@ -11,6 +12,7 @@ from ewc_fast.fisher.likelihoods import (
     Likelihood,
     Poisson,
 )
+from ewc_fast.fisher.matrix import fisher_matrix, parameter_slices
 
 __all__ = [
     "Batch",
@@ -24,4 +26,6 @@ __all__ = [
     "Likelihood",
     "Poisson",
     "fisher_diagonal",
+    "fisher_matrix",
+    "parameter_slices",
 ]
