@@ -6,12 +6,14 @@ continuous labels are integrated numerically. Nothing here is the library's but 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from numerics import u
 from torch import Tensor, distributions
 from torch.func import grad, vmap
 
@@ -24,6 +26,7 @@ from ewc_fast.fisher import (
     HeteroscedasticGaussian,
     Poisson,
 )
+from ewc_fast.fisher.scores import ESTIMATORS, Scores
 
 NO, MOST_COUNTED = -100, 40
 VARIANCE = torch.tensor([0.25, 9.0]).double()
@@ -241,3 +244,31 @@ CASES: dict[str, Case] = {
         OwnExponential(), randn(3, 2), randn(3, 2).abs(), exponential, waiting_times
     ),
 }  # fmt: skip
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+def vectors(
+    case: Case, estimator: str, weights: Tensor | None = None, seed: int = 0, draws: int = 1
+) -> list[Tensor]:
+    """Return an estimator's vectors for a case; there must be as many as announced."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = Scores(case.likelihood, estimator, draws, generator)
+    batch = case.batch(weights)
+    found = list(scores.vectors(case.outputs, batch))
+    assert len(found) == scores.count(case.outputs, batch)
+    assert all(v.shape == case.outputs.shape and v.dtype == case.outputs.dtype for v in found)
+    return found
+
+
+def second_moments(found: Iterable[Tensor]) -> Tensor:
+    """Return sum_k v_k v_k^T for each sample, over the flattened outputs."""
+    stacked = torch.stack([v.double().reshape(len(v), -1) for v in found])
+    return torch.einsum("kni,knj->nij", stacked, stacked)
+
+
+def rounding(expected: Tensor) -> Tensor:
+    """Allow 64 roundings, of a product's larger possible size where there is cancellation."""
+    scale = expected.diagonal(dim1=-2, dim2=-1).sqrt()
+    return 64 * u(torch.float64) * (scale.unsqueeze(-1) * scale.unsqueeze(-2) + 1e-3 * scale.max())

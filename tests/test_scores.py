@@ -6,37 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from brute import ALLOWED, CASES, NO, OwnExponential
+from brute import (
+    ALLOWED,
+    CASES,
+    NO,
+    OwnExponential,
+    each_case,
+    each_estimator,
+    rounding,
+    second_moments,
+    vectors,
+)
 from numerics import assert_within, u
 
 from ewc_fast.fisher import Batch, Categorical, CausalLM
 from ewc_fast.fisher.scores import ESTIMATORS, MOST_EXACT_PASSES, Scores
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 PER_TOKEN = CASES["causal_lm_per_token"]
-
-
-def vectors(case, estimator, weights=None, seed=0, draws=1):
-    generator = torch.Generator().manual_seed(seed)
-    scores = Scores(case.likelihood, estimator, draws, generator)
-    batch = case.batch(weights)
-    found = list(scores.vectors(case.outputs, batch))
-    assert len(found) == scores.count(case.outputs, batch)
-    assert all(v.shape == case.outputs.shape and v.dtype == case.outputs.dtype for v in found)
-    return found
-
-
-def second_moments(found):
-    """Return sum_k v_k v_k^T for each sample, over the flattened outputs."""
-    stacked = torch.stack([v.double().reshape(len(v), -1) for v in found])
-    return torch.einsum("kni,knj->nij", stacked, stacked)
-
-
-def rounding(expected):
-    """Allow 64 roundings, of a product's larger possible size where there is cancellation."""
-    scale = expected.diagonal(dim1=-2, dim2=-1).sqrt()
-    return 64 * u(torch.float64) * (scale.unsqueeze(-1) * scale.unsqueeze(-2) + 1e-3 * scale.max())
 
 
 @each_case
@@ -221,62 +207,6 @@ def test_samples_are_separate(case, estimator):
     alone = list(scores.vectors(case.outputs[:1], first))
     expected = second_moments([v[:1] for v in whole])
     assert_within(second_moments(alone), expected, rounding(expected), "one sample")
-
-
-low_precision = pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "float16", "float32"]
-)
-
-
-@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "sampled"])
-@each_case
-@low_precision
-def test_low_precision_outputs_cost_one_rounding(case, dtype, estimator):
-    low = replace(case, outputs=case.outputs.to(dtype))
-    same = replace(case, outputs=low.outputs.double())
-    for found, exact in zip(vectors(low, estimator), vectors(same, estimator), strict=True):
-        # computed in float32, some 32 roundings with sums and cancellations, then rounded
-        budget = u(dtype) * exact.abs() + 32 * u(torch.float32) * exact.abs().max()
-        assert_within(found, exact, budget + torch.finfo(dtype).tiny, "vector")
-
-
-@each_case
-@low_precision
-def test_labels_are_drawn_for_low_precision_outputs(case, dtype):
-    (found,) = vectors(replace(case, outputs=case.outputs.to(dtype)), "sampled")
-    assert found.isfinite().all()
-    assert found.any()
-
-
-@pytest.mark.parametrize("gap", [20.0, 40.0, 80.0])
-@pytest.mark.parametrize("at", [0, 2, 4])
-@pytest.mark.parametrize("estimator", ["exact", "empirical", "rademacher"])
-def test_a_saturated_softmax_keeps_its_digits(estimator, at, gap):
-    z = torch.zeros(1, 5)
-    z[0, at] = gap
-    batch = Batch(None, torch.tensor([at]), None, 1)
-    scores = Scores("categorical", estimator, 1, torch.Generator().manual_seed(0))
-    found = list(scores.vectors(z, batch))
-    tail = 4 * torch.tensor(-gap).double().exp()  # 1 - p to first order, relative error 1e-9
-    if estimator == "empirical":
-        assert abs(found[0][0, at] / tail - 1) < 1e-5
-        return
-    largest = second_moments(found)[0, at, at]
-    if estimator == "exact":
-        assert abs(largest / tail - 1) < 1e-5
-    else:
-        # (+- 1 +- 1 +- 1 +- 1)^2 tail / 4 for some order of summing up: 0, 1 or 4 times
-        assert largest <= 4.001 * tail
-
-
-def test_saturated_sigmoids_keep_their_digits():
-    z = torch.tensor([[30.0, -30.0, 80.0, -80.0]])
-    sure = z.new_tensor([[1.0, 0.0, 1.0, 0.0]])
-    (right,) = Scores("bernoulli", "empirical").vectors(z, Batch(None, sure, None, 1))
-    expected = (-z.abs().double()).exp() * z.sign()
-    assert_within(right, expected, 1e-5 * expected.abs(), "score")
-    (wrong,) = Scores("bernoulli", "empirical").vectors(z, Batch(None, 1 - sure, None, 1))
-    assert_within(wrong, -z.sign().double(), 1e-6, "score")
 
 
 def test_exact_refuses_more_passes_than_it_promises():

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ewc_fast._checks import state_dtype
@@ -153,7 +154,7 @@ class Categorical(Known):
             diagonal, beyond = _factors(p)
             signed = diagonal * random_signs(tuple(p.shape), generator, p)
             carried = (signed / beyond).masked_fill_(beyond == 0, 0)
-            before = carried.cumsum(-1) - carried
+            before = F.pad(carried[..., :-1].cumsum(-1), (1, 0))  # subtracting would cancel
             result[start : start + step] = signed - p * before
         return self._as_outputs(result.view(z.shape))
 
