@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from brute import each_case, second_moments, vectors
+from brute import CASES, each_case, second_moments, vectors
 from numerics import assert_within, u
 
 from ewc_fast.fisher import Batch
@@ -66,6 +66,14 @@ def test_random_signs_keep_the_digits_of_a_saturated_softmax(at):
     # bounded terms: a mean of 4000 is beyond 6 standard errors once in 500 million
     budget = 6 * drawn.std(0) / 4000**0.5 + 1e-5 * expected
     assert_within(drawn.mean(0), expected, budget, "variances")
+
+
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "sampled"])
+@pytest.mark.parametrize("name", [n for n in CASES if n != "own" and "gaussian" not in n])
+def test_outputs_that_are_not_numbers_stay_visible(name, estimator):
+    case = CASES[name]
+    broken = replace(case, outputs=torch.full_like(case.outputs, torch.nan))
+    assert any(vector[0].isnan().any() for vector in vectors(broken, estimator))
 
 
 def test_saturated_sigmoids_keep_their_digits():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from ewc_fast.fisher.batches import Batch, call_model, read_batches, run_model, 
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
 from ewc_fast.fisher.recorder import Recorder
-from ewc_fast.fisher.scores import Scores
-
-Estimator = Literal["exact", "sampled", "rademacher", "empirical", "batched"]
+from ewc_fast.fisher.scores import Estimator, Scores
 
 
 def fisher_diagonal(

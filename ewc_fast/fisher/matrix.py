@@ -12,7 +12,7 @@ from ewc_fast import _checks
 from ewc_fast.fisher.batches import Batch, call_model, read_batches, run_model
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
-from ewc_fast.fisher.scores import Scores
+from ewc_fast.fisher.scores import Estimator, Scores
 
 MOST_PARAMETERS = 20_000  # 3.2 GB of float64
 
@@ -22,7 +22,7 @@ def fisher_matrix(
     batches: Iterable[Any],
     *,
     likelihood: str | Likelihood = "categorical",
-    estimator: str = "exact",
+    estimator: Estimator = "exact",
     max_samples: int | None = None,
     draws: int = 1,
     forward: Callable[[nn.Module, Any], Any] | None = None,

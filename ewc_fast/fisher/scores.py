@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torch import Tensor
 from ewc_fast import _checks
 from ewc_fast.fisher.batches import Batch
 from ewc_fast.fisher.likelihoods import NAMED, Known, Likelihood, Own
-from ewc_fast.fisher.likelihoods.base import per_entry
+from ewc_fast.fisher.likelihoods.base import MOST_EXACT_PASSES, per_entry
 
-ESTIMATORS = ("exact", "sampled", "rademacher", "empirical", "batched")
+Estimator = Literal["exact", "sampled", "rademacher", "empirical", "batched"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 DRAWING = ("sampled", "rademacher")
-MOST_EXACT_PASSES = 1000
 NEEDS = {
     "exact": ("directions",),
     "sampled": ("log_prob", "sample"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ewc_fast._checks import state_dtype
 from ewc_fast.fisher.batches import Batch
+
+MOST_EXACT_PASSES = 1000
 
 
 class Likelihood(Protocol):
@@ -134,10 +137,11 @@ class Own(Known):
         return drawn
 
     def count(self, outputs: Tensor) -> int:
-        """Return the number of directions, by going through them if need be."""
+        """Return the number of directions; counted, they are at most one too many for exact."""
         if hasattr(self._own, "count"):
             return int(self._own.count(computed(outputs)))
-        return sum(1 for _ in self._own.directions(computed(outputs)))
+        directions = self._own.directions(computed(outputs))
+        return sum(1 for _ in islice(directions, MOST_EXACT_PASSES + 1))
 
     def directions(self, outputs: Tensor) -> Iterator[Tensor]:
         """Yield the user's."""

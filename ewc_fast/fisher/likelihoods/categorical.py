@@ -41,7 +41,8 @@ class Categorical(Known):
         The classes that are possible (the others' logits count as minus infinity: no gradient
         through them): a list of indices or a mask of shape (C,); or, for samples of several heads,
         a function of the batch (:class:`~ewc_fast.fisher.Batch`: inputs, targets, size) that
-        returns such a mask or one mask a sample, shape (N, C). A target outside them is an error.
+        returns such a mask or one mask a sample, shape (N, C); its tensors are on the model's
+        device. A target outside them is an error.
 
     References
     ----------
@@ -129,7 +130,7 @@ class Categorical(Known):
         for j in range(p.shape[-1] - 1):
             column = torch.zeros_like(p)
             column[..., j] = diagonal[..., j]
-            share = (p[..., j + 1 :] / beyond[..., j : j + 1]).nan_to_num()
+            share = _quotient(p[..., j + 1 :], beyond[..., j : j + 1])
             column[..., j + 1 :] = -diagonal[..., j : j + 1] * share
             if chosen is not None:
                 index = chosen.expand(*z.shape[:-1], -1)
@@ -153,7 +154,7 @@ class Categorical(Known):
             p = rows[start : start + step].double().softmax(-1)
             diagonal, beyond = _factors(p)
             signed = diagonal * random_signs(tuple(p.shape), generator, p)
-            carried = (signed / beyond).masked_fill_(beyond == 0, 0)
+            carried = _quotient(signed, beyond)
             before = F.pad(carried[..., :-1].cumsum(-1), (1, 0))  # subtracting would cancel
             result[start : start + step] = signed - p * before
         return self._as_outputs(result.view(z.shape))
@@ -245,10 +246,10 @@ def _drawn(p: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _label_minus_p(p: Tensor, index: Tensor) -> Tensor:
-    """Return [class = index] - p; 1 - p at the index is the sum of the others: no cancellation."""
+    """Return [class = index] - p, in place of p; 1 - p is the others' sum: no cancellation."""
     label = index.unsqueeze(-1)
-    others = p.scatter(-1, label, 0)
-    return others.neg().scatter_(-1, label, others.sum(-1, keepdim=True))
+    others = p.scatter_(-1, label, 0).sum(-1, keepdim=True)
+    return p.neg_().scatter_(-1, label, others)
 
 
 def _factors(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,8 +260,12 @@ def _factors(p: Tensor) -> tuple[Tensor, Tensor]:
     """
     from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j-1}
     beyond = torch.cat([from_here[..., 1:], torch.zeros_like(p[..., :1])], dim=-1)  # q_j
-    diagonal = (p * beyond / from_here).clamp_min(0).nan_to_num().sqrt()
-    return diagonal, beyond
+    return _quotient(p * beyond, from_here).sqrt(), beyond
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, and 0 where b is; NaN stays NaN, to be seen."""
+    return (a / b).masked_fill_(b == 0, 0)
 
 
 def _one_position_at_a_time(column: Tensor) -> Iterator[Tensor]:
