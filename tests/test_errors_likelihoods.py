@@ -128,7 +128,7 @@ TARGETS = {
     ),
     "ids_of_other_positions": (
         CausalLM(), (4, 5, 3), LABELS[:, None].expand(4, 4),
-        r"targets: expected token ids of shape \(4, 5\).*got \(4, 4\)",
+        r"targets: expected integer classes of shape \(4, 5\).*'causal_lm', got.*\(4, 4\)",
     ),
     "labels_without_output_dimension": (
         Bernoulli(), (4, 1), torch.ones(4),
@@ -172,6 +172,12 @@ def test_impossible_labels_are_errors_even_where_others_are_drawn(estimator):
     scores = Scores(Categorical(classes=[0, 1]), estimator)
     with pytest.raises(ValueError, match="expected possible classes only"):
         scores.vectors(torch.zeros(4, 3), Batch(None, LABELS, None, 4))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "rademacher"])
+def test_labels_of_another_numbering_do_no_harm_where_others_are_drawn(estimator):
+    batch = Batch(None, LABELS + 6, None, 4)  # a head of its own, labels of the whole data set
+    assert all(v.any() for v in Scores("categorical", estimator).vectors(torch.zeros(4, 3), batch))
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sampled", "rademacher"])

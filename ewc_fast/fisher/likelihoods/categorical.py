@@ -163,7 +163,10 @@ class Categorical(Known):
         """Return where the target is not the ignored one; soft labels (floats) count everywhere."""
         if targets is None or targets.is_floating_point():
             return None
-        _, ignored = self._labels(outputs, targets)
+        if self.classes is None:
+            ignored = self._at_positions(outputs, targets) == self.ignore_index
+        else:
+            _, ignored = self._labels(outputs, targets)
         return self._as_outputs(~ignored.unsqueeze(-1))
 
     def _check(self, outputs: Tensor) -> None:
@@ -181,7 +184,7 @@ class Categorical(Known):
         z, allowed = computed(outputs).movedim(self.dim, -1), self._allowed(outputs)
         if allowed is None:
             return z
-        return z.masked_fill(~_at_positions(allowed, z), -torch.inf)
+        return z.masked_fill(~_over_positions(allowed, z), -torch.inf)
 
     def _as_outputs(self, classes_last: Tensor) -> Tensor:
         return classes_last.movedim(-1, self.dim)
@@ -204,20 +207,25 @@ class Categorical(Known):
             return None
         most = int(allowed.sum(1).max())
         first = allowed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        return _at_positions(first, outputs)
+        return _over_positions(first, outputs)
 
-    def _labels(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return class indices, 0 where ignored, and where they are ignored."""
+    def _at_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the target of each position of the outputs."""
         self._check(outputs)
-        z = outputs.movedim(self.dim, -1)
-        if targets.is_floating_point() or targets.shape != z.shape[:-1]:
+        expected = tuple(outputs.movedim(self.dim, -1).shape[:-1])
+        if targets.is_floating_point() or targets.shape != expected:
             raise ValueError(
-                f"targets: expected integer classes of shape {tuple(z.shape[:-1])} for likelihood "
+                f"targets: expected integer classes of shape {expected} for likelihood "
                 f"{self.name!r}, got {targets.dtype} of shape {tuple(targets.shape)}; where the "
                 "data has no such labels, yield inputs alone, and let the model's own be drawn"
             )
+        return targets.long()
+
+    def _labels(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class indices, 0 where ignored, and where they are ignored."""
+        targets, z = self._at_positions(outputs, targets), outputs.movedim(self.dim, -1)
         ignored = targets == self.ignore_index
-        index = targets.long().masked_fill(ignored, 0)
+        index = targets.masked_fill(ignored, 0)
         if ((index < 0) | (index >= z.shape[-1])).any():
             raise ValueError(
                 f"targets: expected classes from 0 to {z.shape[-1] - 1} (or {self.ignore_index} "
@@ -225,7 +233,7 @@ class Categorical(Known):
             )
         allowed = self._allowed(outputs)
         if allowed is not None:
-            possible = _at_positions(allowed, z).expand(z.shape).gather(-1, index.unsqueeze(-1))
+            possible = _over_positions(allowed, z).expand(z.shape).gather(-1, index.unsqueeze(-1))
             outside = ~(possible.squeeze(-1) | ignored)
             if outside.any():
                 raise ValueError(
@@ -235,7 +243,7 @@ class Categorical(Known):
         return index, ignored
 
 
-def _at_positions(of_samples: Tensor, z: Tensor) -> Tensor:
+def _over_positions(of_samples: Tensor, z: Tensor) -> Tensor:
     """Return a tensor (1 or N, K) as it broadcasts over the positions of z, (N, ..., K)."""
     return of_samples.view(len(of_samples), *[1] * (z.dim() - 2), -1)
 

@@ -77,8 +77,8 @@ class CausalLM(Categorical):
             last = outputs.shape[1] - 1
             counts = torch.arange(last + 1, device=outputs.device) < last
             return counts.expand(outputs.shape[:2]).unsqueeze(-1)
-        _, ignored = self._labels(outputs, targets)
-        return ~ignored.unsqueeze(-1)
+        counts = self._at_positions(outputs, targets) != self.ignore_index
+        return counts.unsqueeze(-1)
 
     def per_sample(self, observed: Tensor | None) -> Tensor | None:
         """Return how many tokens count in each sequence."""
@@ -108,16 +108,10 @@ class CausalLM(Categorical):
             )
         super()._check(outputs)
 
-    def _labels(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the token after each position, and where it is ignored."""
-        self._check(outputs)
-        if targets.shape != outputs.shape[:2]:
-            raise ValueError(
-                f"targets: expected token ids of shape {tuple(outputs.shape[:2])} for likelihood "
-                f"'causal_lm', got {tuple(targets.shape)}"
-            )
-        none = torch.full_like(targets[:, :1], self.ignore_index)
-        return super()._labels(outputs, torch.cat([targets[:, 1:], none], dim=1))
+    def _at_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the token after each position; there is none after the last."""
+        ids = super()._at_positions(outputs, targets)
+        return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], self.ignore_index)], dim=1)
 
 
 def _positions(observed: Tensor | None) -> list[int]:
