@@ -64,9 +64,10 @@ def fisher_diagonal(
         ``"rademacher"``: the vectors of ``exact`` with random signs in one backward pass, unbiased
         for it too. ``"empirical"``: the data's labels; not the Fisher information, though often
         used for it. ``"batched"``: the mean over batches of the square of the gradient of a
-        batch's MEAN log-likelihood, at the data's labels, as other code computes it: BIASED, near
-        an optimum too small by about the batch size b, and kept only to reproduce results. Times
-        :math:`b^2` it is the square of the summed gradient.
+        batch's MEAN log-likelihood, at the data's labels, as in GMvandeVen/continual-learning with
+        ``fisher_batch`` (which then divides by one batch too few): BIASED, near an optimum too
+        small by about the batch size b, and kept only to reproduce results. Times :math:`b^2` it is
+        the square of the summed gradient.
     max_samples
         Stop after so many samples.
     draws
