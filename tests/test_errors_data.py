@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from dataclasses import make_dataclass
+
 import pytest
 import torch
 from models import FEATURES, Net, features, mlp
 from training import all_of, same
 
 from ewc_fast import fisher_diagonal
+from ewc_fast.fisher import Categorical
 
+
+class WithoutSample:
+    """A likelihood that forgets to tell samples apart."""
+
+    def log_prob(self, outputs, targets):
+        return outputs.mean()
+
+
+Pair = namedtuple("Pair", "x y")
+Example = make_dataclass("Example", ["image", "label"])
 X, Y = torch.ones(4, FEATURES), torch.tensor([0, 1, 2, 0])
 DATA = {
     "no_batches": ([], {}, ValueError, "batches: expected at least one sample, got none"),
@@ -31,7 +45,67 @@ DATA = {
         ValueError,
         r"batches\[1\]: expected the samples in dimension 0.*inputs: 4, .*targets: 3",
     ),
-    "three_items": ([(X, Y, Y)], {}, TypeError, r"batches\[0\]: expected \(inputs, .*length 3"),
+    "four_items": ([(X, Y, Y, Y)], {}, TypeError, r"batches\[0\]: expected \(inputs, .*length 4"),
+    "a_named_tuple": (
+        [Pair(X, Y)],
+        {},
+        TypeError,
+        r"batches\[0\]: .*got Pair with the fields x, y, of which.*mapping with the key 'labels'",
+    ),
+    "a_dataclass": (
+        [Example(X, Y)],
+        {},
+        TypeError,
+        r"batches\[0\]: .*got Example with the fields image, label, of which nothing says",
+    ),
+    "three_inputs": (
+        [(X, X, X)],
+        {},
+        ValueError,
+        r"batches\[0\] weights: .*shape \(4,\), got shape \(4, 5\); several inputs.*\(\(x1, x2\)",
+    ),
+    "negative_weights": (
+        [(X, Y), (X, Y, torch.tensor([1.0, 0.0, -2.0, 1.0]))],
+        {},
+        ValueError,
+        r"batches\[1\] weights: expected finite numbers >= 0, got -2.0 for sample 2",
+    ),
+    "infinite_weights": (
+        [{"x": X, "sample_weight": torch.tensor([1.0, torch.inf, 1.0, 1.0])}],
+        {},
+        ValueError,
+        r"batches\[0\] weights: expected finite numbers >= 0, got inf for sample 1",
+    ),
+    "undefined_weights": (
+        [(X, Y, torch.full((4,), torch.nan))],
+        {},
+        ValueError,
+        r"batches\[0\] weights: expected finite numbers >= 0, got nan for sample 0",
+    ),
+    "complex_weights": (
+        [(X, Y, torch.ones(4) * 1j)],
+        {},
+        TypeError,
+        r"batches\[0\] weights: expected real numbers, got torch.complex64",
+    ),
+    "weights_of_another_kind": (
+        [(X, Y, [1.0] * 4)],
+        {},
+        TypeError,
+        r"batches\[0\] weights: expected a tensor, got list",
+    ),
+    "weights_for_other_samples": (
+        [(X, Y, torch.ones(3))],
+        {},
+        ValueError,
+        r"batches\[0\] weights: expected one for each sample, shape \(4,\), got shape \(3,\)",
+    ),
+    "no_weight_at_all": (
+        [(X, Y, torch.zeros(4))],
+        {},
+        ValueError,
+        "batches: expected at least one sample, got none that counts",
+    ),
     "a_string": (["x"], {}, TypeError, r"batches\[0\]: expected \(inputs, .*got str"),
     "targets_of_another_kind": (
         [(X, [0, 1, 2, 0])],
@@ -51,24 +125,60 @@ DATA = {
         ValueError,
         "estimator: 'empirical' needs targets",
     ),
+    "batched_without_targets": (
+        [X],
+        {"estimator": "batched"},
+        ValueError,
+        "estimator: 'batched' needs targets.*'exact' or 'sampled'",
+    ),
     "unknown_estimator": ([(X, Y)], {"estimator": "true"}, ValueError, "estimator: expected one"),
     "unknown_likelihood": (
         [(X, Y)],
-        {"likelihood": "poisson"},
+        {"likelihood": "laplace"},
         ValueError,
-        "likelihood: expected one of 'categorical', 'bernoulli', 'gaussian', got 'poisson'",
+        "likelihood: expected one of 'categorical', 'causal_lm', 'bernoulli', .*, got 'laplace'",
     ),
     "exact_of_ones_own_likelihood": (
         [(X, Y)],
         {"likelihood": object()},
+        TypeError,
+        r"likelihood: .*'exact' needs.*directions\(outputs\), got object; use .*'sampled'",
+    ),
+    "rademacher_of_ones_own_likelihood": (
+        [(X, Y)],
+        {"likelihood": object(), "estimator": "rademacher"},
+        TypeError,
+        r"likelihood: .*'rademacher' needs.*directions\(outputs\), got object; use .*'sampled'",
+    ),
+    "sampling_without_sample": (
+        [(X, Y)],
+        {"likelihood": WithoutSample(), "estimator": "sampled"},
+        TypeError,
+        r"likelihood: .*'sampled' needs.* sample\(outputs, generator\), got WithoutSample$",
+    ),
+    "log_prob_of_the_whole_batch": (
+        [(X, Y)],
+        {"likelihood": WithoutSample(), "estimator": "empirical"},
         ValueError,
-        r"'exact' needs a likelihood with directions\(outputs\), got object.*'sampled'",
+        r"WithoutSample.log_prob must return one number.*shape \(4,\), got shape \(\)",
+    ),
+    "a_class_for_a_likelihood": (
+        [(X, Y)],
+        {"likelihood": Categorical},
+        TypeError,
+        r"likelihood: .*got the class Categorical; write Categorical\(\)",
+    ),
+    "a_seed_for_a_generator": (
+        [(X, Y)],
+        {"estimator": "sampled", "generator": 3},
+        TypeError,
+        "generator: expected a torch.Generator, got int",
     ),
     "draws_without_sampling": (
         [(X, Y)],
         {"draws": 3},
         ValueError,
-        "draws: only estimator='sampled' draws labels, got 'exact'",
+        "draws: only estimator='sampled' and 'rademacher' draw, got 3 with 'exact'",
     ),
     "no_draws": ([(X, Y)], {"draws": 0}, ValueError, "draws: expected an integer >= 1, got 0"),
     "half_a_sample": ([(X, Y)], {"max_samples": 0.5}, TypeError, "max_samples: expected an int"),

@@ -10,7 +10,6 @@ from numerics import assert_within, smallest, u
 from torch import distributions
 
 from ewc_fast.fisher.likelihoods import NAMED
-from ewc_fast.fisher.scores import MOST_EXACT_PASSES, vectors_of
 
 CATEGORICAL, BERNOULLI, GAUSSIAN = (NAMED[n] for n in ("categorical", "bernoulli", "gaussian"))
 
@@ -114,8 +113,7 @@ def test_gaussian_directions_make_up_the_unit_matrix(shape):
 
 
 def score(name, z, y):
-    (vector,) = vectors_of(name, "empirical", 1, None)(z, y)
-    return vector
+    return NAMED[name].score(z, y)
 
 
 def test_the_categorical_score_is_the_label_minus_p():
@@ -190,10 +188,3 @@ def test_samples_at_each_position():
     assert y.shape == (5, 2, 4)
     certain = torch.full((5, 3, 2), -1e3).scatter(1, torch.ones(5, 1, 2).long(), 1e3)
     assert (CATEGORICAL.sample(certain, None) == 1).all()
-
-
-def test_exact_refuses_more_passes_than_it_promises():
-    exact = vectors_of("categorical", "exact", 1, None)
-    assert len(list(exact(torch.randn(1, MOST_EXACT_PASSES + 1), None))) == MOST_EXACT_PASSES
-    with pytest.raises(ValueError, match=r"would take 1,001 backward passes.*estimator='sampled'"):
-        exact(torch.randn(1, MOST_EXACT_PASSES + 2), None)

@@ -1,6 +1,32 @@
-"""The diagonal Fisher information of a model, exact for every sample."""
+"""The Fisher information of a model: its diagonal, exact for every sample, or the whole matrix."""
 
+from ewc_fast.fisher.batches import Batch
 from ewc_fast.fisher.estimator import fisher_diagonal
-from ewc_fast.fisher.likelihoods import Likelihood
+from ewc_fast.fisher.likelihoods import (
+    Bernoulli,
+    Categorical,
+    CausalLM,
+    ExactLikelihood,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+)
+from ewc_fast.fisher.matrix import fisher_matrix, parameter_slices
+from ewc_fast.fisher.scores import Estimator
 
-__all__ = ["Likelihood", "fisher_diagonal"]
+__all__ = [
+    "Batch",
+    "Bernoulli",
+    "Categorical",
+    "CausalLM",
+    "Estimator",
+    "ExactLikelihood",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "Poisson",
+    "fisher_diagonal",
+    "fisher_matrix",
+    "parameter_slices",
+]

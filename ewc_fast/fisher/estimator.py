@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ewc_fast import _checks
-from ewc_fast.fisher.batches import Batch, call_model, output_tensor, read_batches
+from ewc_fast.fisher.batches import call_model, read_batches, run_model, with_progress
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
 from ewc_fast.fisher.passes import Pass
 from ewc_fast.fisher.report import FisherDiagonal
-from ewc_fast.fisher.scores import Scores
-
-Estimator = Literal["exact", "sampled", "empirical"]
+from ewc_fast.fisher.scores import Estimator, Scores
 
 
 def fisher_diagonal(
@@ -47,46 +46,64 @@ def fisher_diagonal(
         Runs in eval mode: dropout off, batch norm by its running statistics. It comes back as it
         was: mode, gradients, ``requires_grad``, buffers, random state.
     batches
-        Iterable of ``(inputs, targets)``, of inputs alone, or of mappings that may have
-        ``"labels"``; samples in dimension 0 of every tensor, batches of any size. Tensors are
-        moved to the model's device. Inputs that are a tuple or mapping are passed to the model by
-        position or keyword.
+        Iterable of ``(inputs, targets)``, of ``(inputs, targets, weights)``, of inputs alone, or of
+        mappings that may have ``"labels"`` and ``"sample_weight"``; samples in dimension 0 of every
+        tensor, batches of any size. Tensors are moved to the model's device. Inputs that are a
+        tuple or mapping are passed to the model by position or keyword. A tuple ``(a, b)`` is
+        always read as inputs and targets: two inputs without targets are ``((a, b),)``. With
+        weights :math:`w_n \ge 0`, shape (N,), the result is the weighted mean
+        :math:`\sum_n w_n E[g_n^2] / \sum_n w_n`.
     likelihood
-        ``"categorical"`` (logits, classes in dimension 1), ``"bernoulli"`` (logits of independent
-        labels), ``"gaussian"`` (means, unit variance), or an object with
-        ``log_prob(outputs, targets) -> (N,)`` and ``sample(outputs, generator)``.
+        What the outputs mean: ``"categorical"`` (logits, classes in dimension 1), ``"causal_lm"``
+        (logits (N, T, V), targets the input ids), ``"bernoulli"`` (logits of independent labels),
+        ``"gaussian"`` (means, unit variance), ``"heteroscedastic_gaussian"`` (means, then
+        log-variances), ``"poisson"`` (log-rates); an object of :mod:`ewc_fast.fisher` with other
+        options, as ``Categorical(dim=-1, classes=[2, 3])``; or an object of your own, see
+        :class:`~ewc_fast.fisher.Likelihood`.
     estimator
         ``"exact"``: expectation over the model's own labels in closed form, C - 1 backward passes
         for C classes. ``"sampled"``: labels drawn from the model, unbiased for ``exact``.
-        ``"empirical"``: the data's labels; not the Fisher information, though often used for it.
+        ``"rademacher"``: the vectors of ``exact`` with random signs in one backward pass, unbiased
+        for it too. ``"empirical"``: the data's labels; not the Fisher information, though often
+        used for it. ``"batched"``: the mean over batches of the square of the gradient of a
+        batch's MEAN log-likelihood, at the data's labels, as in GMvandeVen/continual-learning with
+        ``fisher_batch`` (which then divides by one batch too few): BIASED, near an optimum too
+        small by about the batch size b, and kept only to reproduce results. Times :math:`b^2` it is
+        the square of the summed gradient.
     max_samples
         Stop after so many samples.
     draws
-        Labels drawn for each sample, ``estimator="sampled"`` only.
+        Backward passes to average, ``estimator="sampled"`` and ``"rademacher"`` only.
     forward
         ``forward(model, inputs) -> outputs`` where the usual call does not fit.
     generator
-        Source of the drawn labels. Without it the global one is used and set back afterwards, so
-        that equal calls draw equal labels.
+        Source of the drawn labels or signs, on the model's device. Without it the global one is
+        used and set back afterwards, so that equal calls draw equal labels.
     progress
         Show a progress bar (needs tqdm).
+    verify
+        Compare what is recorded of the first samples with these samples one at a time, at the cost
+        of a few backward passes over single samples; a parameter that differs takes the slow way.
 
     Returns
     -------
-    dict
-        Name to tensor of the parameter's shape and device, float32 (float64 for float64
-        parameters), all >= 0. Frozen parameters are left out; one without influence is 0.
+    FisherDiagonal
+        A dict of name to tensor of the parameter's shape and device, float32 (float64 for float64
+        parameters), all >= 0, and its ``report``. Frozen parameters are left out; one without
+        influence is 0.
 
-    Cost: for networks of ``nn.Linear`` layers with one position a sample, about one forward and
-    backward pass a direction over whole batches; other parameters take one sample at a time.
-    On the first batch what is recorded is compared with single samples; a parameter that differs
-    takes the slow way.
+    Cost: about one forward and backward pass a vector over whole batches, for any operations and
+    layouts of samples that :mod:`ewc_fast.fisher.rules` and :mod:`ewc_fast.fisher.samples` know;
+    a parameter beyond them takes one sample at a time. ``print(fisher.report)`` says which did.
+    Memory: the Fisher itself, no gradient for each sample. Gradient checkpointing and compilation
+    are off meanwhile: where memory is short use smaller batches, the result is the same.
 
     Raises
     ------
     TypeError, ValueError
-        For data without samples or batch dimension, missing labels, unknown names, or ``"exact"``
-        with more than 1,000 directions.
+        For data without samples or batch dimension, missing or impossible labels, bad weights,
+        unknown names, ``"exact"`` with more than 1,000 directions, or a model in which samples of
+        a batch influence each other.
 
     References
     ----------
@@ -101,45 +118,15 @@ def fisher_diagonal(
     >>> {name: tuple(values.shape) for name, values in fisher.items()}
     {'weight': (3, 4), 'bias': (3,)}
     """
-    _checks.one_of("estimator", estimator, ("exact", "sampled", "empirical"))
-    _checks.positive_integer("draws", draws)
-    if draws != 1 and estimator != "sampled":
-        raise ValueError(f"draws: only estimator='sampled' draws labels, got {estimator!r}")
+    scores = Scores(likelihood, estimator, draws, generator)
     if max_samples is not None:
         _checks.positive_integer("max_samples", max_samples)
     params = _checks.trainable_parameters(model)
-    scores = Scores(likelihood, estimator, draws, generator)
-    run = Pass(_forward(model, forward or call_model), params, scores, verify=verify)
+    inside = getattr(model, "_orig_mod", model)  # a compiled module hides its operations
+    run = Pass(partial(run_model, forward or call_model, inside), params, scores, verify=verify)
     device = next(iter(params.values())).device
     with left_as_it_was(model), torch.enable_grad():
-        shown = _with_progress(batches) if progress else batches
-        for batch in read_batches(shown, max_samples, device):
+        read = read_batches(batches, max_samples, device)
+        for batch in with_progress(read, batches, max_samples) if progress else read:
             run.add(batch)
     return run.mean()
-
-
-def _forward(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any]
-) -> Callable[[Batch], Tensor]:
-    """Return the function from batches to outputs."""
-    inside = getattr(model, "_orig_mod", model)  # a compiled module hides its operations
-
-    def outputs_of(batch: Batch) -> Tensor:
-        outputs = output_tensor(call(inside, batch.inputs))
-        if outputs.shape[0] != batch.size:
-            raise ValueError(
-                f"outputs: expected {batch.size} samples in dimension 0 like the inputs, got "
-                f"shape {tuple(outputs.shape)}"
-            )
-        return outputs
-
-    return outputs_of
-
-
-def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-    bar: Iterable[Any] = tqdm(batches, desc="Fisher", unit="batch")
-    return bar

@@ -58,7 +58,7 @@ class Pass:
     def mean(self) -> FisherDiagonal:
         """Return the mean over all samples."""
         if self._samples == 0:
-            raise ValueError("batches: expected at least one sample, got none")
+            raise ValueError("batches: expected at least one sample, got none that counts")
         for name, earlier in self._earlier.items():
             self._sums[name].add_(earlier)
         found = FisherDiagonal(
