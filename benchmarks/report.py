@@ -113,8 +113,7 @@ def _bandwidth(rows: Rows) -> Callable[[str], str]:
 
 def _fisher_line(rows: Rows) -> str:
     """Return one sentence on the exact Fisher diagonal."""
-    one_batch = next(case for case in fisher.FULL if case.slow)
-    case = f"exact, {one_batch}"
+    case = str(next(case for case in fisher.FULL if case.estimator == "exact"))
     ratios = {
         provider: row["ratios"][fisher.FORWARD_AND_BACKWARD]
         for (found, provider), row in rows.items()
@@ -122,9 +121,10 @@ def _fisher_line(rows: Rows) -> str:
     }
     ours = _short(ratios.pop(fisher.EWC_FAST))
     others = ", ".join(f"{provider} {_short(ratio)}" for provider, ratio in ratios.items())
-    layers = "-".join(map(str, one_batch.widths))
+    _, layers, data = case.split(", ")
+    samples = data.rpartition(" x ")[2]
     return (
-        f"The exact Fisher diagonal of a perceptron {layers} over {one_batch.batch_size} samples "
+        f"The exact Fisher diagonal of a perceptron {layers} over {samples} samples "
         f"costs {ours} forward and backward passes with ewc_fast ({others})."
     )
 
