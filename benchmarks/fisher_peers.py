@@ -14,7 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from fisher_case import Diagonal, Estimator, FisherCase, Labels, losses, summed_loss
+from fisher_case import (
+    Diagonal,
+    Estimator,
+    FisherCase,
+    Labels,
+    add_squares,
+    losses,
+    summed_loss,
+)
 from harness import MismatchError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -177,9 +185,8 @@ def opacus(case: FisherCase, estimator: Estimator) -> Call:
             for name, param in model._module.named_parameters():
                 per_sample = getattr(param, "grad_sample", None)
                 if per_sample is not None:
-                    totals[name] = totals.get(name, 0) + torch.einsum(
-                        "n...,n...->...", per_sample, per_sample
-                    )
+                    total = totals.setdefault(name, torch.zeros_like(param.detach()))
+                    add_squares(total, per_sample, [1.0] * len(per_sample))
                     param.grad_sample = None
         return {name: total / case.samples for name, total in totals.items()}
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fisher_case import Diagonal, Estimator, FisherCase, Labels, losses, weighted_log_probs
+from fisher_case import (
+    Diagonal,
+    Estimator,
+    FisherCase,
+    Labels,
+    add_squares,
+    losses,
+    weighted_log_probs,
+)
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,7 +77,7 @@ def vmap_of_grad(case: FisherCase, estimator: Estimator, chunk: int) -> Diagonal
                 with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
                     gradients = per_sample(params, part, part_labels)
                 for name, grads in gradients.items():
-                    totals[name] += torch.einsum("n...,n...,n->...", grads, grads, part_weights)
+                    add_squares(totals[name], grads, part_weights.tolist())
     return {name: total / case.samples for name, total in totals.items()}
 
 
