@@ -73,7 +73,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        return self.relu(self.body(x) + self.shortcut(x))
+        out: Tensor = self.relu(self.body(x) + self.shortcut(x))
+        return out
 
 
 def resnet18(width: int) -> nn.Sequential:
@@ -124,9 +125,11 @@ class TransformerBlock(nn.Module):
         """Return the block's output."""
         if self.late:
             x = self.norm1(x + self.attention(x))
-            return self.norm2(x + self.mlp(x))
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+            x = self.norm2(x + self.mlp(x))
+        else:
+            x = x + self.attention(self.norm1(x))
+            x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class LanguageModel(nn.Module):
