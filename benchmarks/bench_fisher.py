@@ -1,71 +1,94 @@
-"""Fisher diagonals of a multilayer perceptron, beside one forward and backward pass."""
+"""Fisher diagonals of the models M1 to M7, beside one forward and backward pass."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from fisher_case import ESTIMATORS, SEED, Diagonal, Estimator, FisherCase
-from fisher_rivals import rivals
-from harness import Provider, Result, measure, script
+from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD, competing
+from fisher_case import ESTIMATORS, Estimator, FisherCase
+from fisher_memory import beyond_forward_and_backward
+from fisher_models import FULL as FULL_MODELS
+from fisher_models import QUICK as QUICK_MODELS
+from fisher_table import RIGHT, table
+from harness import Provider, Result, allocator_settings, measure, script
 
-from ewc_fast import fisher_diagonal
-
-EWC_FAST = "ewc_fast"
-FORWARD_AND_BACKWARD = "forward and backward"
+MEMORY_OF: tuple[Estimator, ...] = ("exact", "empirical")  # drawing labels takes none to speak of
+SEVERAL = 8  # batches a call: what is checked once a call weighs less
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its data, how long to time it, and whether slow implementations take part."""
+    """A model by name, an estimator, the number of batches, and how long to time them."""
 
-    widths: tuple[int, ...]
-    batch_size: int
+    model: str
+    estimator: Estimator
     batches: int
     seconds: float
-    slow: bool
+    quick: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether ewc_fast alone is measured: the others' time grows with the batches."""
+        return self.batches > 1
 
     def __str__(self) -> str:
-        layers = "-".join(map(str, self.widths))
-        return f"{layers}, {self.batches} x {self.batch_size}"
+        workload = (QUICK_MODELS if self.quick else FULL_MODELS)[self.model]
+        return f"{self.estimator}, {workload.title}, {self.batches} x {workload.batch_size}"
 
 
-M1 = (784, 400, 400, 10)
-FULL = (
-    Case(M1, batch_size=256, batches=1, seconds=6, slow=True),
-    # Checks that ewc_fast makes on the first batch weigh less where there are more.
-    Case(M1, batch_size=256, batches=4, seconds=3, slow=False),
-)
-QUICK = (Case((784, 100, 10), batch_size=32, batches=1, seconds=0.5, slow=True),)
+def cases(quick: bool, only: Collection[str] = ()) -> list[Case]:
+    """Return every model with every estimator, over one batch and over several."""
+    models = QUICK_MODELS if quick else FULL_MODELS
+    return [
+        Case(name, estimator, batches, seconds=0.05 if quick else 4, quick=quick)
+        for name, workload in models.items()
+        if not only or name in only
+        for estimator in ESTIMATORS
+        if estimator != "exact" or workload.exact
+        for batches in (1, SEVERAL)
+    ]
 
 
-def suite(quick: bool) -> Result:
-    """Measure all estimators on all cases."""
+FULL = cases(quick=False)
+
+
+def suite(quick: bool, only: Collection[str] = ()) -> Result:
+    """Measure all cases, or those of some models."""
     result = Result()
-    for case in QUICK if quick else FULL:
-        at = FisherCase(case.widths, case.batch_size, case.batches)
-        for estimator in ESTIMATORS:
-            competing = providers(at, estimator, slow=case.slow)
-            timings = measure(competing, seconds=case.seconds)
-            result.add(f"{estimator}, {case}", timings, (FORWARD_AND_BACKWARD,))
+    # Memory is measured under settings of its own: once is enough.
+    with_memory = not allocator_settings(os.environ).keys() & {"MALLOC_MMAP_THRESHOLD_"}
+    for case in cases(quick, only):
+        timings = measure(providers(case), seconds=case.seconds)
+        result.add(str(case), timings, (FORWARD_AND_BACKWARD,))
+        rows = {row["provider"]: row for row in result.rows if row["case"] == str(case)}
+        for row in rows.values():
+            row |= {"model": case.model, "estimator": case.estimator, "batches": case.batches}
+            row["correctness"] = RIGHT
+        if with_memory and not case.alone and case.estimator in MEMORY_OF:
+            chosen = [EWC_FAST] if quick else rows.keys() - {FORWARD_AND_BACKWARD}
+            if not quick or case.model == "M1":
+                for name, extra in beyond_forward_and_backward(
+                    case.model, case.estimator, chosen, quick=quick
+                ).items():
+                    rows[name]["memory_beyond_in_fishers"] = extra
     return result
 
 
-def providers(case: FisherCase, estimator: Estimator, *, slow: bool) -> dict[str, Provider]:
+def providers(case: Case) -> dict[str, Provider]:
     """Return what competes on a case."""
-
-    def ours() -> Diagonal:
-        draw = torch.Generator().manual_seed(SEED) if estimator == "sampled" else None
-        return fisher_diagonal(case.model, case.batches, estimator=estimator, generator=draw)
-
-    calls = {EWC_FAST: ours, **rivals(case, estimator, slow=slow)}
+    workload = (QUICK_MODELS if case.quick else FULL_MODELS)[case.model]
+    at = FisherCase(workload, workload.batch_size, case.batches)
+    calls = competing(at, case.estimator, (EWC_FAST,) if case.alone else None)
     found = {
-        name: Provider(call, partial(case.check, call, estimator)) for name, call in calls.items()
+        name: Provider(call, partial(at.check, call, case.estimator))
+        for name, call in calls.items()
     }
-    found[FORWARD_AND_BACKWARD] = Provider(case.forward_and_backward, lambda: None)
+    found[FORWARD_AND_BACKWARD] = Provider(at.forward_and_backward, lambda: None)
     return found
 
 
 if __name__ == "__main__":
-    script(suite)
+    script(suite, parts=tuple(FULL_MODELS), show=table)

@@ -1,14 +1,14 @@
-"""A classifier, its data, and what its Fisher diagonals must be: one sample at a time, float64."""
+"""A model, its data, and what its Fisher diagonals must be: one sample at a time, float64."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from fisher_models import Workload
 from harness import MismatchError
 from torch import Tensor, nn
 
@@ -22,67 +22,94 @@ TOLERANCE = 1e-4
 
 
 class FisherCase:
-    """A multilayer perceptron, and random inputs and labels in equal batches."""
+    """A workload's model in eval mode, and random inputs and labels in equal batches."""
 
-    def __init__(self, widths: Sequence[int], batch_size: int, batches: int) -> None:
+    def __init__(self, workload: Workload, batch_size: int, batches: int) -> None:
         draw = torch.Generator().manual_seed(0)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.model = perceptron(widths)
+            self.model = workload.make().eval()
         self.batches = [
-            (
-                torch.randn(batch_size, widths[0], generator=draw),
-                torch.randint(widths[-1], (batch_size,), generator=draw),
-            )
+            (workload.inputs(batch_size, draw), workload.labels(batch_size, draw))
             for _ in range(batches)
         ]
+        self.samples = batch_size * batches
+        self.has_positions = self.batches[0][1].dim() > 1
         self._wanted: dict[Estimator, Diagonal] = {}
 
     def forward_and_backward(self) -> None:
         """Do what training does with the same data: the ordinary gradient of the summed loss."""
-        params = list(self.model.parameters())
         for inputs, labels in self.batches:
-            loss = F.cross_entropy(self.model(inputs), labels, reduction="sum")
-            torch.autograd.grad(loss, params)
+            for param in self.model.parameters():
+                param.grad = None
+            summed_loss(self.model(inputs), labels).backward()
 
-    def check(self, call: Callable[[], Diagonal], estimator: Estimator) -> None:
+    def check(self, call: Callable[[], Mapping[str, Tensor]], estimator: Estimator) -> None:
         """Raise unless ``call`` returns the mean over samples of the squared gradients."""
         if estimator not in self._wanted:
             self._wanted[estimator] = self._one_by_one(estimator)
-        found = call()
-        for name, want in self._wanted[estimator].items():
-            if name not in found:
-                raise MismatchError(f"{name}: missing")
-            error = ((found[name] - want).abs().amax() / want.abs().amax()).item()
-            if not error <= TOLERANCE:
-                raise MismatchError(f"{name}: error {error:.1e} of its largest entry")
+        wanted, found = self._wanted[estimator], call()
+        missing = wanted.keys() - found.keys()
+        if missing:
+            raise MismatchError(
+                f"missing parameters: {len(missing)} of {len(wanted)}, {min(missing)}"
+            )
+        worst, name = max((_error(found[name], want), name) for name, want in wanted.items())
+        if worst > TOLERANCE:
+            raise MismatchError(f"wrong by {worst:.1e} of the largest entry of {name}")
 
     def _one_by_one(self, estimator: Estimator) -> Diagonal:
         model = copy.deepcopy(self.model).double()
         params = dict(model.named_parameters())
         totals = {name: torch.zeros_like(param.detach()) for name, param in params.items()}
-        chosen, samples = Labels(estimator), 0
+        chosen = Labels(estimator)
         for inputs, data_labels in self.batches:
-            labels = chosen.of(self.model(inputs), data_labels).tolist()
-            for sample, label in zip(inputs.double(), labels, strict=True):
-                log_probs = model(sample).log_softmax(-1)
-                for c in range(len(log_probs)) if estimator == "exact" else [label]:
-                    weight = log_probs[c].exp().item() if estimator == "exact" else 1.0
-                    grads = torch.autograd.grad(
-                        log_probs[c], list(params.values()), retain_graph=True
-                    )
+            with torch.no_grad():
+                labels = chosen.of(self.model(inputs), data_labels)
+            inputs = inputs.double() if inputs.is_floating_point() else inputs
+            for sample, label in zip(inputs.split(1), labels.split(1), strict=True):
+                for weight, log_prob in weighted_log_probs(model, sample, label, estimator):
+                    grads = torch.autograd.grad(log_prob, list(params.values()), retain_graph=True)
                     for total, grad in zip(totals.values(), grads, strict=True):
-                        total += weight * grad.square()
-            samples += len(inputs)
-        return {name: total / samples for name, total in totals.items()}
+                        total.addcmul_(grad, grad, value=weight)
+        return {name: total / self.samples for name, total in totals.items()}
 
 
-def perceptron(widths: Sequence[int]) -> nn.Sequential:
-    """Return linear layers of these widths, with ReLU between them."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def _error(found: Tensor, want: Tensor) -> float:
+    """Return the largest error in units of the largest entry; infinity for NaN."""
+    error = ((found.reshape(want.shape) - want).abs().amax() / want.abs().amax()).item()
+    return error if error == error else float("inf")
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each sample's cross entropy, summed over its positions."""
+    each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return each.view(len(labels), -1).sum(1)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy, summed over samples and positions."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+
+
+def add_squares(total: Tensor, per_sample: Tensor, weights: list[float]) -> None:
+    """Add the weighted squares of per-sample gradients, without a copy of them.
+
+    The fastest way in PyTorch by far: 18 times as fast as ``einsum`` with the weights, 7 times as
+    fast as without, for 256 gradients of 400 x 400 on one thread.
+    """
+    for gradient, weight in zip(per_sample, weights, strict=True):
+        total.addcmul_(gradient, gradient, value=weight)
+
+
+def weighted_log_probs(
+    model: nn.Module, sample: Tensor, label: Tensor, estimator: Estimator
+) -> list[tuple[float, Tensor]]:
+    """Return the log probabilities of one sample's labels to differentiate, and their weights."""
+    logits = model(sample)
+    if estimator != "exact":
+        return [(1.0, -summed_loss(logits, label))]
+    return [(value.exp().item(), value) for value in logits[0].log_softmax(-1)]
 
 
 class Labels:
@@ -95,5 +122,5 @@ class Labels:
         """Return the next batch's labels."""
         if self._draw is None:
             return labels
-        probabilities = logits.detach().softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=self._draw).view(-1)
+        probabilities = logits.detach().softmax(-1).flatten(0, -2)
+        return torch.multinomial(probabilities, 1, generator=self._draw).view_as(labels)

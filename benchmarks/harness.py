@@ -179,14 +179,23 @@ class Result:
         return "\n".join(lines + [str(claim) for claim in self.claims])
 
 
-def script(suite: Callable[[bool], Result]) -> None:
-    """Run a suite from the command line."""
+def script(
+    suite: Callable[..., Result],
+    *,
+    parts: Sequence[str] = (),
+    show: Callable[[Result], str] | None = None,
+) -> None:
+    """Run a suite from the command line; of one with named parts, perhaps only some."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="small sizes, short times")
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=(), help="these alone")
     options = parser.parse_args()
-    result = suite(options.quick)
+    result = suite(options.quick, options.only) if parts else suite(options.quick)
     print(result)
+    if show is not None:
+        print(show(result))
     if options.json:
         options.json.write_text(json.dumps(result.as_json()))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import bench_fisher as fisher
 import bench_penalty as penalty
+from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark table: python benchmarks/report.py -->"
@@ -113,18 +114,18 @@ def _bandwidth(rows: Rows) -> Callable[[str], str]:
 
 def _fisher_line(rows: Rows) -> str:
     """Return one sentence on the exact Fisher diagonal."""
-    one_batch = next(case for case in fisher.FULL if case.slow)
-    case = f"exact, {one_batch}"
+    case = str(next(case for case in fisher.FULL if case.estimator == "exact"))
     ratios = {
-        provider: row["ratios"][fisher.FORWARD_AND_BACKWARD]
+        provider: row["ratios"][FORWARD_AND_BACKWARD]
         for (found, provider), row in rows.items()
-        if found == case and provider != fisher.FORWARD_AND_BACKWARD
+        if found == case and provider != FORWARD_AND_BACKWARD
     }
-    ours = _short(ratios.pop(fisher.EWC_FAST))
+    ours = _short(ratios.pop(EWC_FAST))
     others = ", ".join(f"{provider} {_short(ratio)}" for provider, ratio in ratios.items())
-    layers = "-".join(map(str, one_batch.widths))
+    _, layers, data = case.split(", ")
+    samples = data.rpartition(" x ")[2]
     return (
-        f"The exact Fisher diagonal of a perceptron {layers} over {one_batch.batch_size} samples "
+        f"The exact Fisher diagonal of a perceptron {layers} over {samples} samples "
         f"costs {ours} forward and backward passes with ewc_fast ({others})."
     )
 
