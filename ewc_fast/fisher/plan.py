@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ewc_fast.fisher.graph import Edge, Graph, kind_of
 from ewc_fast.fisher.samples import Found, Regular, infer
-from ewc_fast.fisher.stems import Stem, geometry, only_views
+from ewc_fast.fisher.stems import Stem, geometry, leads_to_views, only_views
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def make_plan(
     plan = Plan(unused=set(params))
     if graph.root is None:
         return plan
-    layouts = _layouts(graph, outputs)
+    all_links = {link for links in graph.edges for link in links if link is not None}
+    # Views of a parameter hold no samples, whether or not there is a gradient to tell.
+    views = {link for link in all_links if leads_to_views(graph, link)}
+    layouts = _layouts(graph, outputs, sorted(all_links - views))
     uses, silent, lost = [], [], set()
     seen, stack = {graph.root[0]}, [graph.root[0]]
     while stack:
@@ -88,15 +91,13 @@ def make_plan(
         for place, link in enumerate(graph.edges[at]):
             if link is None:
                 continue
-            # Views of a parameter hold no samples, whether or not a gradient is there to tell.
-            stem = Stem(graph, link)
-            found = "mixed" if stem.is_view else layouts[link]
+            found = layouts.get(link, "mixed")
             if found == "zero":
                 silent.append(link)
-            elif found == "mixed" and not stem.is_view and only_views(graph.nodes[at]):
-                lost |= set(stem.names)  # samples are told apart above, and must be below
+            elif found == "mixed" and link not in views and only_views(graph.nodes[at]):
+                lost |= graph.parameters_below(link[0])  # samples were apart above, and must be here
             elif found == "mixed":
-                uses.append(_use(graph, at, place, stem, layouts, selected_from))
+                uses.append(_use(graph, at, place, Stem(graph, link), layouts, selected_from))
             elif link[0] not in seen:
                 seen.add(link[0])
                 stack.append(link[0])
@@ -114,16 +115,8 @@ def make_plan(
     return plan
 
 
-def _layouts(graph: Graph, outputs: Tensor) -> dict[Edge, Found]:
-    """Return the layout of every gradient that arrives at a node with operands."""
-    edges = sorted(
-        {
-            link
-            for links in graph.edges
-            for link in links
-            if link is not None and link[0] not in graph.names
-        }
-    )
+def _layouts(graph: Graph, outputs: Tensor, edges: list[Edge]) -> dict[Edge, Found]:
+    """Return the layout of the gradients on some edges, and of the outputs."""
     probe = torch.Generator().manual_seed(0)
     vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
     scales = torch.exp2(torch.arange(len(outputs), dtype=torch.float64)).to(outputs.device)

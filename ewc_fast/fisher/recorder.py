@@ -51,10 +51,12 @@ class Recorder:
         self._kept: dict[Family, dict[Use, PerSample]] = {}
         self._pulled: dict[Family, Tensor] = {}
         self._waiting: list[tuple[Family, Use, Operand]] = []
+        self._several = False  # passes
         self.had_to_wait = False  # for the graph's own backward functions
 
     def add(self, vectors: Iterable[Tensor], passes: int) -> None:
         """Send vectors backward and add the squares; the last pass frees the graph."""
+        self._several = passes > 1
         for number, vector in enumerate(vectors, 1):
             self._backward(vector, last=number == passes)
             for family, use, operand in self._waiting:
@@ -140,7 +142,7 @@ class Recorder:
     def _take(self, family: Family, use: Use, gradients: PerSample) -> None:
         if family.way in ("joined", "together"):
             self._kept.setdefault(family, {})[use] = gradients
-        elif isinstance(gradients, Outer) and gradients.positions == 1:
+        elif self._several and isinstance(gradients, Outer) and gradients.positions == 1:
             self._keep_squares(family, use, gradients)
         else:
             gradients.add_squares(self._total(family, use))

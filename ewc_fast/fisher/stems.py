@@ -85,6 +85,11 @@ def zeros_at(graph: Graph, edge: Edge) -> Tensor:
     return torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
 
 
+def leads_to_views(graph: Graph, edge: Edge) -> bool:
+    """Whether an edge carries the gradient of a parameter or of a view of one."""
+    return _view_steps(graph, edge) is not None
+
+
 def only_views(node: Any) -> bool:
     """Whether a node's operation returns its operand's entries in other places."""
     return kind_of(node) in _STEPS
