@@ -6,7 +6,7 @@ produce the gradients of a few samples, to be added to those of other uses befor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,13 +90,20 @@ class Outer:
         left, right = self.left[start:stop].to(dtype), self.right[start:stop].to(dtype)
         return torch.bmm(left.transpose(1, 2), right)
 
-    def join(self, other: Outer) -> Outer:
-        """Return the sum of both: positions add up."""
-        return Outer(
-            torch.cat([self.left, other.left], 1),
-            torch.cat([self.right, other.right], 1),
-            self.gradient_is_left,
-        )
+
+def joined(uses: Sequence[PerSample]) -> PerSample | None:
+    """Return the sum over uses of one operand in the form of one, or ``None`` if forms differ."""
+    if len(uses) == 1:
+        return uses[0]
+    outers = [use for use in uses if isinstance(use, Outer)]
+    if len(outers) == len(uses):  # the sum over positions goes over the uses, too
+        left = torch.cat([outer.left for outer in outers], 1)
+        right = torch.cat([outer.right for outer in outers], 1)
+        return Outer(left, right, outers[0].gradient_is_left)
+    dense = [use.values for use in uses if isinstance(use, Dense)]
+    if len(dense) == len(uses):
+        return Dense(torch.stack(dense).sum(0, dtype=state_dtype(dense[0].dtype)))
+    return None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.graph import Edge, Graph, kind_of
+from ewc_fast.fisher.graph import Edge, Graph
 from ewc_fast.fisher.samples import Found, Regular, infer
 from ewc_fast.fisher.stems import Stem, geometry, leads_to_views, only_views
 
@@ -167,7 +167,7 @@ def _way(family: Family, graph: Graph, params: Mapping[str, Tensor]) -> str:
     """Return how a family's squares are taken, fastest first.
 
     ``"apart"``: each use by itself, for no entry of the parameter has two. ``"pulled"``: the one
-    use's squares, then through its stem. ``"joined"``: uses of one matrix, positions put together.
+    use's squares, then through its stem. ``"joined"``: the uses of one view, in the form of one use.
     ``"together"``: the gradients of a few samples at a time, added up, then squared.
     """
     stems = [use.stem for use in family.uses]
@@ -177,9 +177,7 @@ def _way(family: Family, graph: Graph, params: Mapping[str, Tensor]) -> str:
         name = family.names[0]
         views = {geometry(stem.view(params[name].new_empty(params[name].shape, device="meta")))
                  for stem in stems}  # fmt: skip
-        products = {kind_of(graph.nodes[use.node]) for use in family.uses} <= {"Addmm", "Mm"}
-        is_matrix = all(len(stem.view(params[name]).shape) == 2 for stem in stems)
-        if len(views) == 1 and products and is_matrix:
+        if len(views) == 1:
             return "joined"
     elif len(stems) == 1 and stems[0].picks_entries(graph, params):
         return "pulled"

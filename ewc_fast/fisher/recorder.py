@@ -8,7 +8,7 @@ squares; the gradient of the parameter itself is never formed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
 from ewc_fast.fisher.graph import Edge, Graph
-from ewc_fast.fisher.per_sample import Outer, PerSample
+from ewc_fast.fisher.per_sample import Outer, PerSample, joined
 from ewc_fast.fisher.plan import Family, Plan, Use
 from ewc_fast.fisher.rules import Operand, by_its_own_backward, by_rule
 from ewc_fast.fisher.samples import Layout
@@ -164,10 +164,10 @@ class Recorder:
     @torch.no_grad()
     def _square_sums(self, family: Family, kept: Mapping[Use, PerSample]) -> None:
         """Square the sums of a parameter's gradients from several uses."""
-        products = [gradients for gradients in kept.values() if isinstance(gradients, Outer)]
-        if family.way == "joined" and len(products) == len(kept):
-            use = next(iter(kept))
-            reduce(Outer.join, products).add_squares(use.stem.view(self._sums[family.names[0]]))
+        sum_of_uses = joined([*kept.values()]) if family.way == "joined" else None
+        if sum_of_uses is not None:
+            stem = family.uses[0].stem
+            sum_of_uses.add_squares(stem.view(self._sums[stem.names[0]]))
             return
         size = sum(self._sums[name].numel() for name in family.names)
         step = max(1, BYTES_AT_ONCE // (4 * max(size, 1)))
