@@ -2,8 +2,10 @@
 // everything here has internal linkage and no standard header with code is included.
 #pragma once
 
+#include "gather.h"
 #include "half.h"
 #include "kernels.h"
+#include "product_loops.h"
 
 namespace ewc_fast::cpu {
 namespace {
@@ -171,4 +173,9 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
    EWC_FAST_INSTANCES(accumulate_square), \
    EWC_FAST_INSTANCES(merge),             \
    EWC_FAST_INSTANCES(merge_online),      \
-   EWC_FAST_INSTANCES(proximal_step)}
+   EWC_FAST_INSTANCES(proximal_step),     \
+   {kTileRows, kTileRows / 3,             \
+    {kTileVectors * Vector<float>::lanes, kTileVectors * Vector<double>::lanes}, \
+    {Vector<float>::lanes, Vector<double>::lanes}, \
+    {any_tile<float>, any_tile<double>}, {bias_tile<float>, bias_tile<double>}, \
+    {square_in_place<float>, square_in_place<double>}, EWC_FAST_INSTANCES(gather)}}
