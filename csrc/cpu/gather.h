@@ -8,12 +8,21 @@ namespace {
 
 constexpr int kSquare = 8;  // the side of the blocks that are transposed in registers
 
+constexpr int kRun = 16;
+template <class C>
+inline __attribute__((always_inline)) void copy_short_run(C* out, const C* in) {
+  __builtin_memcpy(out, in, kRun * sizeof(C));  // of constant size: no call
+}
+template <class C, class T>
+inline __attribute__((always_inline)) void copy_short_run(C* __restrict out,
+                                                          const T* __restrict in) {
+  for (int lane = 0; lane < kRun; ++lane) out[lane] = load(in[lane]);
+}
 template <class C, class T>
 inline __attribute__((always_inline)) void copy_run(C* __restrict out, const T* __restrict in,
                                                     std::int64_t n) {
   std::int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int lane = 0; lane < 16; ++lane) out[i + lane] = load(in[i + lane]);
+  for (; i + kRun <= n; i += kRun) copy_short_run(out + i, in + i);
   for (; i < n; ++i) out[i] = load(in[i]);
 }
 
