@@ -161,6 +161,19 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("reader"), py::arg("total"), py::arg("grads"), py::arg("inputs"),
       py::arg("bias_total"), py::arg("threads"), py::arg("level") = 0);
+  m.def(
+      "squared_convolution",
+      [](const TensorReader& reader, py::handle total, py::handle grads, py::handle inputs,
+         py::handle bias_total, const std::array<std::int64_t, 3>& stride,
+         const std::array<std::int64_t, 3>& padding, const std::array<std::int64_t, 3>& dilation,
+         bool depthwise, int threads, std::size_t level) {
+        const auto& kernels = *ewc_fast::cpu::runnable_levels().at(level);
+        ewc_fast::squared_convolution(reader, total, grads, inputs, bias_total,
+                                      {stride, padding, dilation, depthwise}, {kernels, threads});
+      },
+      py::arg("reader"), py::arg("total"), py::arg("grads"), py::arg("inputs"),
+      py::arg("bias_total"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("depthwise"), py::arg("threads"), py::arg("level") = 0);
 
 #ifdef EWC_FAST_CUDA_BUILT
   m.def("cuda_workspace", [](const Plan& plan) { return ewc_fast::cuda::workspace(plan.table()); });

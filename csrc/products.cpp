@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/squared_product.h"
+#include "cpu/squared_convolution.h"
 
 namespace py = pybind11;
 
@@ -72,6 +72,52 @@ void squared_product(const TensorReader& reader, py::handle total_, py::handle g
   const Factor g = factor(grads), a = factor(inputs);
   const py::gil_scoped_release unlocked;
   cpu::accumulate_squared_product(totals, g, a, samples, run);
+}
+
+void squared_convolution(const TensorReader& reader, py::handle total_, py::handle grads_,
+                         py::handle inputs_, py::handle bias_total, const Geometry& geometry,
+                         cpu::Run run) {
+  const TensorView total = view_of(reader, total_, "total", 5);
+  const TensorView grads = view_of(reader, grads_, "grads", 5);
+  const TensorView inputs = view_of(reader, inputs_, "inputs", 5);
+  demand_dtypes(total, grads, inputs);
+  demand(inputs.size(0) == grads.size(0), "inputs", "grads' samples");
+  demand(total.size(0) == grads.size(1), "grads", "total's rows");
+  if (geometry.depthwise)
+    demand(total.size(1) == 1 && inputs.size(1) == grads.size(1), "inputs", "grads' channels");
+  else
+    demand(total.size(1) == inputs.size(1), "inputs", "total's channels");
+  std::int64_t step = 1;
+  for (std::size_t dim = 5; dim-- > 0; step *= total.size(dim))
+    demand(total.size(dim) <= 1 || total.stride(dim) == step, "total", "a contiguous tensor");
+  const auto image = [](const TensorView& view) {
+    return cpu::Image{view.data,
+                      view.dtype,
+                      view.stride(0),
+                      view.stride(1),
+                      view.size(1),
+                      {view.size(2), view.size(3), view.size(4)},
+                      {view.stride(2), view.stride(3), view.stride(4)}};
+  };
+  const cpu::Three kernel{total.size(2), total.size(3), total.size(4)};
+  const cpu::Convolution convolution{grads.size(0),   image(grads),     image(inputs),    kernel,
+                                     geometry.stride, geometry.padding, geometry.dilation};
+  for (int d = 0; d < 3; ++d) {
+    demand(geometry.stride[d] > 0 && geometry.padding[d] >= 0 && geometry.dilation[d] > 0,
+           "stride, padding, dilation", "numbers of a convolution");
+    const std::int64_t last = (convolution.grads.size[d] - 1) * geometry.stride[d] +
+                              geometry.dilation[d] * (kernel[d] - 1);
+    demand(convolution.grads.size[d] == 0 || kernel[d] == 0 ||
+               last < convolution.inputs.size[d] + 2 * geometry.padding[d],
+           "grads", "positions inside the padded inputs");
+  }
+  Totals totals{total.data, total.size(1) * kernel[0] * kernel[1] * kernel[2], nullptr, 0};
+  add_bias(totals, reader, bias_total, total.dtype, total.size(0));
+  const py::gil_scoped_release unlocked;
+  if (geometry.depthwise)
+    cpu::accumulate_squared_depthwise(totals, convolution, run);
+  else
+    cpu::accumulate_squared_convolution(totals, convolution, run);
 }
 
 }  // namespace ewc_fast

@@ -13,4 +13,14 @@ namespace ewc_fast {
 void squared_product(const TensorReader& reader, pybind11::handle total, pybind11::handle grads,
                      pybind11::handle inputs, pybind11::handle bias_total, cpu::Run run);
 
+// One group of a convolution in three dimensions: total (O, I, *kernel), grads (N, O, *positions),
+// inputs (N, I, *size). Where depthwise, O is I and total (O, 1, *kernel).
+struct Geometry {
+  std::array<std::int64_t, 3> stride, padding, dilation;
+  bool depthwise;
+};
+void squared_convolution(const TensorReader& reader, pybind11::handle total, pybind11::handle grads,
+                         pybind11::handle inputs, pybind11::handle bias_total,
+                         const Geometry& geometry, cpu::Run run);
+
 }  // namespace ewc_fast

@@ -77,7 +77,8 @@ inline bool consecutive(const std::int64_t* offsets, std::int64_t n) {
 }
 
 // out[r][c] = in[row_offsets[r] + column_offsets[c]], and zeros from the last column up to `width`.
-// Runs of consecutive columns are copied; where instead rows are consecutive, blocks are transposed.
+// Runs of consecutive columns are copied; where instead rows are consecutive, blocks are
+// transposed.
 template <class T>
 void gather(void* out_, std::int64_t out_stride, std::int64_t width, const void* in_,
             const std::int64_t* row_offsets, std::int64_t rows, const std::int64_t* column_offsets,

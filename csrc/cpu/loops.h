@@ -2,6 +2,7 @@
 // everything here has internal linkage and no standard header with code is included.
 #pragma once
 
+#include "depthwise_loops.h"
 #include "gather.h"
 #include "half.h"
 #include "kernels.h"
@@ -161,9 +162,21 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
 
 // The four instances of each loop, in the order of DType.
 #define EWC_FAST_INSTANCES(loop) {loop<float>, loop<double>, loop<bfloat16>, loop<float16>}
+#define EWC_FAST_TWO(loop) {loop<float>, loop<double>}
 
 }  // namespace
 }  // namespace ewc_fast::cpu
+
+#define EWC_FAST_PRODUCT_KERNELS                                                \
+  {kTileRows,                                                                   \
+   kTileRows / 3,                                                               \
+   {kTileVectors * Vector<float>::lanes, kTileVectors * Vector<double>::lanes}, \
+   {Vector<float>::lanes, Vector<double>::lanes},                               \
+   EWC_FAST_TWO(any_tile),                                                      \
+   EWC_FAST_TWO(bias_tile),                                                     \
+   EWC_FAST_TWO(square_in_place),                                               \
+   EWC_FAST_INSTANCES(gather),                                                  \
+   EWC_FAST_TWO(depthwise)}
 
 #define EWC_FAST_KERNELS(name)            \
   {name,                                  \
@@ -174,8 +187,4 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
    EWC_FAST_INSTANCES(merge),             \
    EWC_FAST_INSTANCES(merge_online),      \
    EWC_FAST_INSTANCES(proximal_step),     \
-   {kTileRows, kTileRows / 3,             \
-    {kTileVectors * Vector<float>::lanes, kTileVectors * Vector<double>::lanes}, \
-    {Vector<float>::lanes, Vector<double>::lanes}, \
-    {any_tile<float>, any_tile<double>}, {bias_tile<float>, bias_tile<double>}, \
-    {square_in_place<float>, square_in_place<double>}, EWC_FAST_INSTANCES(gather)}}
+   EWC_FAST_PRODUCT_KERNELS}

@@ -13,6 +13,15 @@ struct Groups {
   bool squared;  // false where the factors already are squares
 };
 
+// A chunk of a depthwise convolution, channels last.
+struct DepthwiseFactors {
+  std::int64_t samples, positions;
+  std::int64_t grad_sample_stride, input_sample_stride;
+  const std::int64_t *grad_positions, *input_positions;
+};
+constexpr int kDepthwiseLanes = 16;    // channels
+constexpr int kDepthwiseElements = 3;  // of the kernel
+
 // Of two: float, double.
 struct ProductKernels {
   // Outputs in a tile, and the steps in which smaller tiles come.
@@ -28,6 +37,8 @@ struct ProductKernels {
   void (*gather[kDTypes])(void* out, std::int64_t out_stride, std::int64_t width, const void* in,
                           const std::int64_t* row_offsets, std::int64_t rows,
                           const std::int64_t* column_offsets, std::int64_t columns);
+  void (*depthwise[2])(const DepthwiseFactors& factors, const void* g, const void* a,
+                       const std::int64_t* elements, int count, void* sums);
 };
 
 }  // namespace ewc_fast::cpu

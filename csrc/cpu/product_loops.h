@@ -44,8 +44,8 @@ inline __attribute__((always_inline)) void write(T* to, const V& vector) {
 // For each group: acc[r][c] = sum_d g[d][r] a[d][c], from where the carried sums left off; then
 // either carried on, or added to the sums, squared or as it is.
 template <class T, int kRows, int kVectors>
-void tile(const T* __restrict g, const T* __restrict a, const Groups& groups,
-          const T* carried_in, T* carried_out, T* __restrict sums) {
+void tile(const T* __restrict g, const T* __restrict a, const Groups& groups, const T* carried_in,
+          T* carried_out, T* __restrict sums) {
   using V = VectorOf<T>;
   constexpr int lanes = Vector<T>::lanes, width = kVectors * lanes;
   for (std::int64_t group = 0; group < groups.count; ++group) {
@@ -90,7 +90,8 @@ void tile(const T* __restrict g, const T* __restrict a, const Groups& groups,
   }
 }
 
-// The tile of this size: rows are one, two or three thirds of kTileRows, columns one or two vectors.
+// The tile of this size: rows are one, two or three thirds of kTileRows, columns one or two
+// vectors.
 template <class T>
 void any_tile(int rows, int columns, const void* g_, const void* a_, const Groups& groups,
               const void* carried_in_, void* carried_out_, void* sums_) {

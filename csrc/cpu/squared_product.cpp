@@ -1,12 +1,14 @@
 #include "squared_product.h"
 
 #include <algorithm>
-#include <memory>
+
+#include "buffer.h"
 
 namespace ewc_fast::cpu {
 namespace {
 
-// Products in one block: panels of that depth stay in the second-level cache, 64 KiB for 32 columns.
+// Products in one block: panels of that depth stay in the second-level cache, 64 KiB for 32
+// columns.
 constexpr std::int64_t kDepth = 512;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kOneThreadBelow = 2e6;
@@ -45,26 +47,14 @@ std::vector<Block> make_blocks(std::int64_t count, std::int64_t depth, bool squa
   for (std::int64_t group = 0; group < count; ++group)
     for (std::int64_t begin = 0; begin < depth; begin += kDepth) {
       const std::int64_t length = std::min(kDepth, depth - begin);
-      blocks.push_back({group, begin, {1, length, squared}, squared && begin > 0,
+      blocks.push_back({group,
+                        begin,
+                        {1, length, squared},
+                        squared && begin > 0,
                         squared && begin + length < depth});
     }
   return blocks;
 }
-
-// Uninitialised memory that starts on a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(std::int64_t n) : bytes_(new char[n * sizeof(T) + kLine]) {}
-  T* data() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(bytes_.get());
-    return reinterpret_cast<T*>(bytes_.get() + (kLine - address % kLine));
-  }
-
- private:
-  static constexpr std::size_t kLine = 64;
-  std::unique_ptr<char[]> bytes_;
-};
 
 template <class T>
 class Product {
@@ -118,14 +108,14 @@ class Product {
     std::int64_t offsets[kDepth], products = 0;
     for (std::int64_t group = 0; group < block.groups.count; ++group)
       for (std::int64_t d = 0; d < block.groups.depth; ++d) {
-        const std::int64_t sample = one_position_ ? block.first_product + d : block.first_group + group;
+        const std::int64_t sample =
+            one_position_ ? block.first_product + d : block.first_group + group;
         const std::int64_t position = one_position_ ? 0 : block.first_product + d;
         offsets[products++] = sample * factor.sample_stride + factor.positions[position];
       }
-    kernels_.gather[static_cast<int>(factor.dtype)](packed, width, width, factor.data, offsets,
-                                                    products,
-                                                    factor.columns.data() + panels.begin(panel),
-                                                    panels.valid(panel));
+    kernels_.gather[static_cast<int>(factor.dtype)](
+        packed, width, width, factor.data, offsets, products,
+        factor.columns.data() + panels.begin(panel), panels.valid(panel));
     if (one_position_) kernels_.square_in_place[kIndex](packed, products * width);
   }
 
@@ -143,8 +133,7 @@ class Product {
   }
 
   void pack_inputs(const Block& block, std::int64_t panel) const {
-    pack(block, inputs_, columns_, panel,
-         packed_inputs_.data() + columns_.begin(panel) * depth_);
+    pack(block, inputs_, columns_, panel, packed_inputs_.data() + columns_.begin(panel) * depth_);
   }
 
   void add_tile(const Block& block, std::int64_t row_panel, std::int64_t column_panel) const {

@@ -1,6 +1,7 @@
 // The squared product over samples n and positions t, the heart of the Fisher diagonal:
 //
-//   total[o][i] += sum_n (sum_t g[n][t][o] a[n][t][i])^2        bias[o] += sum_n (sum_t g[n][t][o])^2
+//   total[o][i] += sum_n (sum_t g[n][t][o] a[n][t][i])^2        bias[o] += sum_n (sum_t
+//   g[n][t][o])^2
 //
 // 2 N T O I + 2 N O I flops, against 4 (N T (O + I) + 2 O I) bytes that must be read and written:
 // bound by arithmetic wherever O and I exceed some tens. Per-sample products are never stored; with
