@@ -12,6 +12,7 @@
 #include "cpu/vector_level.h"
 #include "cuda/operations.h"
 #include "plan.h"
+#include "products.h"
 
 namespace py = pybind11;
 using ewc_fast::OperandSpec;
@@ -150,6 +151,29 @@ PYBIND11_MODULE(_core, m) {
   def("merge", ewc_fast::cpu::merge);
   def("merge_online", ewc_fast::cpu::merge_online);
   def("proximal_step", ewc_fast::cpu::proximal_step);
+
+  m.def(
+      "squared_product",
+      [](const TensorReader& reader, py::handle total, py::handle grads, py::handle inputs,
+         py::handle bias_total, int threads, std::size_t level) {
+        const auto& kernels = *ewc_fast::cpu::runnable_levels().at(level);
+        ewc_fast::squared_product(reader, total, grads, inputs, bias_total, {kernels, threads});
+      },
+      py::arg("reader"), py::arg("total"), py::arg("grads"), py::arg("inputs"),
+      py::arg("bias_total"), py::arg("threads"), py::arg("level") = 0);
+  m.def(
+      "squared_convolution",
+      [](const TensorReader& reader, py::handle total, py::handle grads, py::handle inputs,
+         py::handle bias_total, const std::array<std::int64_t, 3>& stride,
+         const std::array<std::int64_t, 3>& padding, const std::array<std::int64_t, 3>& dilation,
+         bool depthwise, int threads, std::size_t level) {
+        const auto& kernels = *ewc_fast::cpu::runnable_levels().at(level);
+        ewc_fast::squared_convolution(reader, total, grads, inputs, bias_total,
+                                      {stride, padding, dilation, depthwise}, {kernels, threads});
+      },
+      py::arg("reader"), py::arg("total"), py::arg("grads"), py::arg("inputs"),
+      py::arg("bias_total"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("depthwise"), py::arg("threads"), py::arg("level") = 0);
 
 #ifdef EWC_FAST_CUDA_BUILT
   m.def("cuda_workspace", [](const Plan& plan) { return ewc_fast::cuda::workspace(plan.table()); });

@@ -34,6 +34,28 @@ def accumulate_square(plan: Plan, coefficient: float, threads: int, level: int =
 def merge(plan: Plan, coefficient: float, threads: int, level: int = 0) -> float: ...
 def merge_online(plan: Plan, coefficient: float, threads: int, level: int = 0) -> None: ...
 def proximal_step(plan: Plan, coefficient: float, threads: int, level: int = 0) -> None: ...
+def squared_product(
+    reader: TensorReader,
+    total: Tensor,
+    grads: Tensor,
+    inputs: Tensor,
+    bias_total: Tensor | None,
+    threads: int,
+    level: int = 0,
+) -> None: ...
+def squared_convolution(
+    reader: TensorReader,
+    total: Tensor,
+    grads: Tensor,
+    inputs: Tensor,
+    bias_total: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    depthwise: bool,
+    threads: int,
+    level: int = 0,
+) -> None: ...
 def cuda_workspace(plan: Plan) -> int: ...
 def cuda_add_penalty_grad(
     plan: Plan, ewc_lambda: float, value: int, workspace: int, stream: int

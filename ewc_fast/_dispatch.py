@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 Impl = Literal["auto", "cpu", "cuda", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "reference")
 CUDA_OPERATIONS = frozenset({"add_penalty_grad_"})
@@ -49,3 +51,13 @@ def choose(
         if operation not in CUDA_OPERATIONS:
             raise RuntimeError(f"impl='cuda' has no kernel for {operation}; use impl='auto'")
     return requested
+
+
+def product_way(
+    samples: int, positions: int, rows: int, columns: int, dtype: torch.dtype
+) -> Literal["kernel", "library"]:
+    """Return what forms a linear layer's squared product on the CPU: the kernel, or PyTorch's own.
+
+    The kernel, wherever it can fill its tiles.
+    """
+    return "kernel"

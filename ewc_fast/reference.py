@@ -10,14 +10,18 @@ its gradient    :math:`\lambda F_i (\theta_i - a_i)`
 merge           :math:`F' = \gamma F + F_t`, :math:`a' = a + \frac{F_t}{F'}(\theta - a)`
 merge, online   :math:`F' = \gamma F + F_t`, :math:`a' = \theta`
 proximal step   :math:`\theta \leftarrow (\theta + \eta\lambda F a) / (1 + \eta\lambda F)`
+squared         :math:`F_{oi} \mathrel{+}= \sum_n (\sum_t g_{nto} a_{nti})^2`, for convolutions
+product         with :math:`a` at the place in the input that position and kernel element meet
 ==============  =====================================================================
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
@@ -109,6 +113,44 @@ def proximal_step_(
         strength = lr * ewc_lambda * f
         theta = p.to(f.dtype)
         p.copy_(theta - (theta - a) / (1 + 1 / strength))
+
+
+@torch.no_grad()
+def accumulate_squared_product_(
+    total: Tensor, grads: Tensor, inputs: Tensor, *, bias_total: Tensor | None
+) -> None:
+    """Add squared per-sample gradients of a linear layer: total (O, I), grads (N, T, O)."""
+    g, a = grads.to(total.dtype), inputs.to(total.dtype)
+    total.add_(torch.einsum("nto,nti->noi", g, a).square().sum(0))
+    if bias_total is not None:
+        bias_total.add_(g.sum(1).square().sum(0))
+
+
+@torch.no_grad()
+def accumulate_squared_convolution_(
+    total: Tensor,
+    grads: Tensor,
+    inputs: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias_total: Tensor | None,
+) -> None:
+    """Add squared per-sample gradients of a convolution: total (O, I / groups, *kernel)."""
+    g = grads.to(total.dtype).flatten(2).unflatten(1, (groups, -1))
+    around = [pad for size in reversed(padding) for pad in (size, size)]
+    a = F.pad(inputs.to(total.dtype), around)
+    for place in itertools.product(*map(range, total.shape[2:])):
+        window: list[slice] = [slice(None), slice(None)]
+        for k, spread, step, count in zip(place, dilation, stride, grads.shape[2:], strict=True):
+            window.append(slice(k * spread, k * spread + step * (count - 1) + 1 if count else 0, step))
+        met = a[tuple(window)].flatten(2).unflatten(1, (groups, -1))
+        squares = torch.einsum("ngot,ngit->ngoi", g, met).square().sum(0)
+        total[(slice(None), slice(None), *place)].add_(squares.flatten(0, 1))
+    if bias_total is not None:
+        bias_total.add_(g.sum(3).square().sum(0).flatten())
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "product_kernels.h"
 
 namespace ewc_fast::cpu {
 
@@ -33,6 +34,7 @@ struct Kernels {
   // theta <- (theta + eta lambda F a) / (1 + eta lambda F)                   16 bytes
   void (*proximal_step[kDTypes])(void* param, const void* fisher, const void* anchor,
                                  std::int64_t n, double eta_lambda);
+  ProductKernels product;
 };
 
 extern const Kernels kBaseline;

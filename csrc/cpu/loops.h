@@ -2,8 +2,11 @@
 // everything here has internal linkage and no standard header with code is included.
 #pragma once
 
+#include "depthwise_loops.h"
+#include "gather.h"
 #include "half.h"
 #include "kernels.h"
+#include "product_loops.h"
 
 namespace ewc_fast::cpu {
 namespace {
@@ -159,9 +162,21 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
 
 // The four instances of each loop, in the order of DType.
 #define EWC_FAST_INSTANCES(loop) {loop<float>, loop<double>, loop<bfloat16>, loop<float16>}
+#define EWC_FAST_TWO(loop) {loop<float>, loop<double>}
 
 }  // namespace
 }  // namespace ewc_fast::cpu
+
+#define EWC_FAST_PRODUCT_KERNELS                                                \
+  {kTileRows,                                                                   \
+   kTileRows / 3,                                                               \
+   {kTileVectors * Vector<float>::lanes, kTileVectors * Vector<double>::lanes}, \
+   {Vector<float>::lanes, Vector<double>::lanes},                               \
+   EWC_FAST_TWO(any_tile),                                                      \
+   EWC_FAST_TWO(bias_tile),                                                     \
+   EWC_FAST_TWO(square_in_place),                                               \
+   EWC_FAST_INSTANCES(gather),                                                  \
+   EWC_FAST_TWO(depthwise)}
 
 #define EWC_FAST_KERNELS(name)            \
   {name,                                  \
@@ -171,4 +186,5 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
    EWC_FAST_INSTANCES(accumulate_square), \
    EWC_FAST_INSTANCES(merge),             \
    EWC_FAST_INSTANCES(merge_online),      \
-   EWC_FAST_INSTANCES(proximal_step)}
+   EWC_FAST_INSTANCES(proximal_step),     \
+   EWC_FAST_PRODUCT_KERNELS}

@@ -21,6 +21,7 @@ from ewc_fast._checks.parameters import (
     new_fisher,
     trainable_parameters,
 )
+from ewc_fast._checks.products import squared_convolution, squared_product
 
 __all__ = [
     "STATE_FIELDS",
@@ -39,6 +40,8 @@ __all__ = [
     "one_of",
     "operands",
     "positive_integer",
+    "squared_convolution",
+    "squared_product",
     "state_dtype",
     "trainable_parameters",
 ]

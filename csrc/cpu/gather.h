@@ -1,0 +1,122 @@
+// Gathers a matrix through tables of offsets; compiled once per vector level, internal linkage.
+#pragma once
+
+#include "half.h"
+
+namespace ewc_fast::cpu {
+namespace {
+
+constexpr int kSquare = 8;  // the side of the blocks that are transposed in registers
+
+constexpr int kRun = 16;
+template <class C>
+inline __attribute__((always_inline)) void copy_short_run(C* out, const C* in) {
+  __builtin_memcpy(out, in, kRun * sizeof(C));  // of constant size: no call
+}
+template <class C, class T>
+inline __attribute__((always_inline)) void copy_short_run(C* __restrict out,
+                                                          const T* __restrict in) {
+  for (int lane = 0; lane < kRun; ++lane) out[lane] = load(in[lane]);
+}
+template <class C, class T>
+inline __attribute__((always_inline)) void copy_run(C* __restrict out, const T* __restrict in,
+                                                    std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + kRun <= n; i += kRun) copy_short_run(out + i, in + i);
+  for (; i < n; ++i) out[i] = load(in[i]);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define EWC_FAST_SHUFFLES
+#endif
+#endif
+
+// out[r][c] = in[column_offsets[c] + r] for 8 x 8 numbers, whose rows are contiguous in memory.
+template <class C, class T>
+inline __attribute__((always_inline)) void transpose(C* __restrict out, std::int64_t out_stride,
+                                                     const T* in,
+                                                     const std::int64_t* column_offsets) {
+#ifdef EWC_FAST_SHUFFLES
+  typedef C V __attribute__((vector_size(kSquare * sizeof(C))));
+  V x[8], y[8];
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    C values[8];
+    for (int r = 0; r < 8; ++r) values[r] = load(in[column_offsets[c] + r]);
+    __builtin_memcpy(&x[c], values, sizeof values);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 8; c += 2) {  // pairs of columns
+    y[c] = __builtin_shufflevector(x[c], x[c + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    y[c + 1] = __builtin_shufflevector(x[c], x[c + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // quadruples
+    const int c = (i / 2) * 4 + i % 2;
+    x[c] = __builtin_shufflevector(y[c], y[c + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    x[c + 2] = __builtin_shufflevector(y[c], y[c + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // whole rows
+    y[c] = __builtin_shufflevector(x[c], x[c + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    y[c + 4] = __builtin_shufflevector(x[c], x[c + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) __builtin_memcpy(out + r * out_stride, &y[r], sizeof(V));
+#else
+  for (int r = 0; r < kSquare; ++r)
+    for (int c = 0; c < kSquare; ++c) out[r * out_stride + c] = load(in[column_offsets[c] + r]);
+#endif
+}
+
+inline bool consecutive(const std::int64_t* offsets, std::int64_t n) {
+  for (std::int64_t i = 1; i < n; ++i)
+    if (offsets[i] != offsets[i - 1] + 1) return false;
+  return true;
+}
+
+// out[r][c] = in[row_offsets[r] + column_offsets[c]], and zeros from the last column up to `width`.
+// Runs of consecutive columns are copied; where instead rows are consecutive, blocks are
+// transposed.
+template <class T>
+void gather(void* out_, std::int64_t out_stride, std::int64_t width, const void* in_,
+            const std::int64_t* row_offsets, std::int64_t rows, const std::int64_t* column_offsets,
+            std::int64_t columns) {
+  using C = decltype(load(T{}));
+  C* __restrict out = static_cast<C*>(out_);
+  const T* in = static_cast<const T*>(in_);
+  if (columns < width)
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = columns; c < width; ++c) out[r * out_stride + c] = 0;
+  constexpr std::int64_t kLongRun = 8;
+  std::int64_t begin = 0;
+  while (begin < columns) {
+    std::int64_t end = begin + 1;
+    while (end < columns && column_offsets[end] == column_offsets[end - 1] + 1) ++end;
+    if (end - begin >= kLongRun) {
+      for (std::int64_t r = 0; r < rows; ++r)
+        copy_run(out + r * out_stride + begin, in + row_offsets[r] + column_offsets[begin],
+                 end - begin);
+      begin = end;
+      continue;
+    }
+    end = begin + kSquare < columns ? begin + kSquare : columns;
+    std::int64_t r = 0;
+    while (r < rows) {
+      if (end - begin == kSquare && r + kSquare <= rows && consecutive(row_offsets + r, kSquare)) {
+        transpose(out + r * out_stride + begin, out_stride, in + row_offsets[r],
+                  column_offsets + begin);
+        r += kSquare;
+        continue;
+      }
+      for (std::int64_t c = begin; c < end; ++c)
+        out[r * out_stride + c] = load(in[row_offsets[r] + column_offsets[c]]);
+      ++r;
+    }
+    begin = end;
+  }
+}
+
+}  // namespace
+}  // namespace ewc_fast::cpu

@@ -1,0 +1,191 @@
+#include "squared_product.h"
+
+#include <algorithm>
+
+#include "buffer.h"
+
+namespace ewc_fast::cpu {
+namespace {
+
+// Products in one block: panels of that depth stay in the second-level cache, 64 KiB for 32
+// columns.
+constexpr std::int64_t kDepth = 512;
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr double kOneThreadBelow = 2e6;
+constexpr std::int64_t kMaxTile = 12 * 32;
+
+std::int64_t rounded_up(std::int64_t value, std::int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
+// Rows or columns cut into panels; the last one is cut to what is left, in steps.
+struct Panels {
+  std::int64_t total, size, step;
+
+  std::int64_t count() const { return (total + size - 1) / size; }
+  std::int64_t begin(std::int64_t panel) const { return panel * size; }
+  std::int64_t valid(std::int64_t panel) const { return std::min(size, total - begin(panel)); }
+  std::int64_t width(std::int64_t panel) const { return rounded_up(valid(panel), step); }
+  std::int64_t padded() const { return rounded_up(total, step); }
+};
+
+// Groups of products whose factors are packed at one time: several whole ones, or a part of one.
+struct Block {
+  std::int64_t first_group, first_product;
+  Groups groups;
+  bool carry_in, carry_out;
+};
+
+std::vector<Block> make_blocks(std::int64_t count, std::int64_t depth, bool squared) {
+  std::vector<Block> blocks;
+  if (depth <= kDepth) {
+    const std::int64_t most = kDepth / depth;
+    for (std::int64_t group = 0; group < count; group += most)
+      blocks.push_back({group, 0, {std::min(most, count - group), depth, squared}, false, false});
+    return blocks;
+  }
+  for (std::int64_t group = 0; group < count; ++group)
+    for (std::int64_t begin = 0; begin < depth; begin += kDepth) {
+      const std::int64_t length = std::min(kDepth, depth - begin);
+      blocks.push_back({group,
+                        begin,
+                        {1, length, squared},
+                        squared && begin > 0,
+                        squared && begin + length < depth});
+    }
+  return blocks;
+}
+
+template <class T>
+class Product {
+ public:
+  Product(const Totals& totals, const Factor& grads, const Factor& inputs, std::int64_t samples,
+          const ProductKernels& kernels)
+      : totals_(totals),
+        grads_(grads),
+        inputs_(inputs),
+        kernels_(kernels),
+        one_position_(grads.positions.size() == 1),
+        rows_{static_cast<std::int64_t>(grads.columns.size()), kernels.rows, kernels.row_step},
+        columns_{static_cast<std::int64_t>(inputs.columns.size()), kernels.columns[kIndex],
+                 kernels.column_step[kIndex]},
+        // (g a)^2 = g^2 a^2: with one position the squares of all samples are one group.
+        blocks_(one_position_ ? make_blocks(1, samples, false)
+                              : make_blocks(samples, grads.positions.size(), true)),
+        depth_(blocks_.front().groups.count * blocks_.front().groups.depth),
+        packed_grads_(rows_.padded() * depth_),
+        packed_inputs_(columns_.padded() * depth_),
+        carried_(carries() ? tiles() * kernels.rows * kernels.columns[kIndex] : 0),
+        carried_bias_(carries() ? rows_.padded() : 0) {}
+
+  void run(int threads) {
+    const std::int64_t packs = rows_.count() + columns_.count();
+    const std::int64_t share = std::clamp<std::int64_t>(tiles() / (8 * threads), 1, 64);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (const Block& block : blocks_) {  // both loops end in a barrier
+#pragma omp for schedule(dynamic)
+      for (std::int64_t panel = 0; panel < packs; ++panel) {
+        if (panel < rows_.count())
+          pack_grads(block, panel);
+        else
+          pack_inputs(block, panel - rows_.count());
+      }
+#pragma omp for schedule(dynamic, share)
+      for (std::int64_t tile = 0; tile < tiles(); ++tile)
+        add_tile(block, tile % rows_.count(), tile / rows_.count());
+    }
+  }
+
+ private:
+  static constexpr int kIndex = sizeof(T) == sizeof(double);
+
+  std::int64_t tiles() const { return rows_.count() * columns_.count(); }
+  bool carries() const { return blocks_.front().carry_out; }
+
+  void pack(const Block& block, const Factor& factor, const Panels& panels, std::int64_t panel,
+            T* packed) const {
+    const std::int64_t width = panels.width(panel);
+    std::int64_t offsets[kDepth], products = 0;
+    for (std::int64_t group = 0; group < block.groups.count; ++group)
+      for (std::int64_t d = 0; d < block.groups.depth; ++d) {
+        const std::int64_t sample =
+            one_position_ ? block.first_product + d : block.first_group + group;
+        const std::int64_t position = one_position_ ? 0 : block.first_product + d;
+        offsets[products++] = sample * factor.sample_stride + factor.positions[position];
+      }
+    kernels_.gather[static_cast<int>(factor.dtype)](
+        packed, width, width, factor.data, offsets, products,
+        factor.columns.data() + panels.begin(panel), panels.valid(panel));
+    if (one_position_) kernels_.square_in_place[kIndex](packed, products * width);
+  }
+
+  void pack_grads(const Block& block, std::int64_t panel) const {
+    T* packed = packed_grads_.data() + rows_.begin(panel) * depth_;
+    pack(block, grads_, rows_, panel, packed);
+    if (totals_.bias == nullptr) return;
+    T sums[kMaxTile] = {};
+    kernels_.bias_tile[kIndex](static_cast<int>(rows_.width(panel)), packed, block.groups,
+                               carried_bias_.data() + rows_.begin(panel), block.carry_in,
+                               block.carry_out, sums);
+    T* bias = static_cast<T*>(totals_.bias) + rows_.begin(panel) * totals_.bias_stride;
+    for (std::int64_t row = 0; row < rows_.valid(panel); ++row)
+      bias[row * totals_.bias_stride] += sums[row];
+  }
+
+  void pack_inputs(const Block& block, std::int64_t panel) const {
+    pack(block, inputs_, columns_, panel, packed_inputs_.data() + columns_.begin(panel) * depth_);
+  }
+
+  void add_tile(const Block& block, std::int64_t row_panel, std::int64_t column_panel) const {
+    const std::int64_t rows = rows_.valid(row_panel), columns = columns_.valid(column_panel);
+    const std::int64_t width = columns_.width(column_panel);
+    T* total = static_cast<T*>(totals_.total) + rows_.begin(row_panel) * totals_.row_stride +
+               columns_.begin(column_panel);
+    T* carried = carries() ? carried_.data() + (row_panel * columns_.count() + column_panel) *
+                                                   kernels_.rows * kernels_.columns[kIndex]
+                           : nullptr;
+    if (!block.carry_out)
+      for (std::int64_t row = 0; row < rows; ++row)
+        __builtin_prefetch(total + row * totals_.row_stride, 1);
+    alignas(64) T sums[kMaxTile];
+    std::fill(sums, sums + rows_.width(row_panel) * width, T(0));
+    kernels_.tile[kIndex](static_cast<int>(rows_.width(row_panel)), static_cast<int>(width),
+                          packed_grads_.data() + rows_.begin(row_panel) * depth_,
+                          packed_inputs_.data() + columns_.begin(column_panel) * depth_,
+                          block.groups, block.carry_in ? carried : nullptr,
+                          block.carry_out ? carried : nullptr, sums);
+    if (block.carry_out) return;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      T* __restrict out = total + row * totals_.row_stride;
+      const T* __restrict sum = sums + row * width;
+      for (std::int64_t column = 0; column < columns; ++column) out[column] += sum[column];
+    }
+  }
+
+  const Totals& totals_;
+  const Factor &grads_, &inputs_;
+  const ProductKernels& kernels_;
+  const bool one_position_;
+  const Panels rows_, columns_;
+  const std::vector<Block> blocks_;
+  const std::int64_t depth_;  // of a panel's memory
+  const Buffer<T> packed_grads_, packed_inputs_, carried_, carried_bias_;
+};
+
+}  // namespace
+
+void accumulate_squared_product(const Totals& totals, const Factor& grads, const Factor& inputs,
+                                std::int64_t samples, Run run) {
+  const std::size_t positions = grads.positions.size();
+  if (samples == 0 || positions == 0 || grads.columns.empty()) return;
+  if (inputs.columns.empty() && totals.bias == nullptr) return;
+  const double products = double(samples) * double(positions) * double(grads.columns.size()) *
+                          double(inputs.columns.size());
+  const int threads = products < kOneThreadBelow ? 1 : std::max(run.threads, 1);
+  if (grads.dtype == DType::float64)
+    Product<double>(totals, grads, inputs, samples, run.kernels.product).run(threads);
+  else
+    Product<float>(totals, grads, inputs, samples, run.kernels.product).run(threads);
+}
+
+}  // namespace ewc_fast::cpu
