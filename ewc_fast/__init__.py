@@ -12,8 +12,8 @@ from importlib.metadata import version as _version
 
 from ewc_fast import functional
 from ewc_fast.ewc import EWC
-from ewc_fast.fisher import fisher_diagonal
+from ewc_fast.fisher import fisher_diagonal, fisher_report
 from ewc_fast.optim import EWCOptimizer
 
 __version__ = _version("ewc-fast")
-__all__ = ["EWC", "EWCOptimizer", "fisher_diagonal", "functional"]
+__all__ = ["EWC", "EWCOptimizer", "fisher_diagonal", "fisher_report", "functional"]

@@ -160,8 +160,10 @@ def _parts(groups: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
     if groups > 1 and rows == columns == groups:
         return [(slice(None), slice(None))]
     return [
-        (slice(g * rows // groups, (g + 1) * rows // groups),
-         slice(g * columns // groups, (g + 1) * columns // groups))
+        (
+            slice(g * rows // groups, (g + 1) * rows // groups),
+            slice(g * columns // groups, (g + 1) * columns // groups),
+        )
         for g in range(groups)
     ]
 

@@ -14,7 +14,8 @@ from ewc_fast.fisher.batches import call_model, read_batches, run_model, with_pr
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
 from ewc_fast.fisher.passes import Pass
-from ewc_fast.fisher.report import FisherDiagonal
+from ewc_fast.fisher.recorder.trial import try_samples
+from ewc_fast.fisher.report import FisherDiagonal, FisherReport
 from ewc_fast.fisher.scores import Estimator, Scores
 
 
@@ -92,9 +93,9 @@ def fisher_diagonal(
         parameters), all >= 0, and its ``report``. Frozen parameters are left out; one without
         influence is 0.
 
-    Cost: about one forward and backward pass a vector over whole batches, for any operations and
-    layouts of samples that :mod:`ewc_fast.fisher.rules` and :mod:`ewc_fast.fisher.samples` know;
-    a parameter beyond them takes one sample at a time. ``print(fisher.report)`` says which did.
+    Cost: about one forward and backward pass a vector over whole batches, whatever the operations
+    and wherever they have the samples; a parameter of which this can't be told takes one sample at
+    a time. ``print(fisher.report)`` says which did, and why.
     Memory: the Fisher itself, no gradient for each sample. Gradient checkpointing and compilation
     are off meanwhile: where memory is short use smaller batches, the result is the same.
 
@@ -130,3 +131,34 @@ def fisher_diagonal(
         for batch in with_progress(read, batches, max_samples) if progress else read:
             run.add(batch)
     return run.mean()
+
+
+def fisher_report(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> FisherReport:
+    """Return which parameters :func:`fisher_diagonal` would record, tried on a few samples.
+
+    A look before a long run: takes the first three samples of the first batch and compares what is
+    recorded of them with these samples one at a time. ``model``, ``batches`` and ``forward`` are
+    those of :func:`fisher_diagonal`, and so are the errors. Parameters that are not recorded take
+    one sample at a time: right, but slow.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    >>> print(fisher_report(model, [torch.randn(8, 4)]))
+    4 of 4 parameters recorded
+    """
+    params = _checks.trainable_parameters(model)
+    inside = getattr(model, "_orig_mod", model)
+    device = next(iter(params.values())).device
+    with left_as_it_was(model), torch.enable_grad():
+        for batch in read_batches(batches, None, device):
+            if batch.size == 1:  # its gradient is that of the sample, and nothing to be learned
+                continue
+            _, plan = try_samples(
+                partial(run_model, forward or call_model, inside), batch, params, verify=True
+            )
+            return FisherReport({name: plan.ways()[name] for name in params})
+    raise ValueError("batches: expected one of two or more samples, got none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -20,20 +21,12 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    checkpoint = torch.utils.checkpoint
-    checkpoint_hook, checkpoint_function = checkpoint._checkpoint_hook, checkpoint.CheckpointFunction
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=[d.index for d in devices]):
+        with torch.random.fork_rng(devices=[d.index for d in devices]), _operations_in_sight():
             model.eval()
-            # Recomputing hides the graph; saved tensors are read where they were saved.
-            checkpoint._checkpoint_hook = _Nothing
-            checkpoint.CheckpointFunction = _Called
-            with torch.compiler.set_stance("force_eager"):
-                yield
+            yield
     finally:
-        checkpoint._checkpoint_hook = checkpoint_hook
-        checkpoint.CheckpointFunction = checkpoint_function
         for module, training in modes:
             module.training = training
         with torch.no_grad():
@@ -42,14 +35,25 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-class _Nothing(nullcontext[None]):
+@contextmanager
+def _operations_in_sight() -> Iterator[None]:
+    """Run without compilation and checkpointing, which keep operations out of the graph."""
+    plain: dict[str, Any] = {"_checkpoint_hook": _NoHook, "CheckpointFunction": _CalledOnce}
+    with (
+        torch.compiler.set_stance("force_eager"),
+        mock.patch.multiple(torch.utils.checkpoint, **plain),
+    ):
+        yield
+
+
+class _NoHook(nullcontext[None]):
     """Stands for the hook that drops what operations save."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
 
-class _Called:
+class _CalledOnce:
     """Stands for the autograd function that runs a model's part again in the backward pass."""
 
     @staticmethod

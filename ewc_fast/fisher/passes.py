@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import functional
-from ewc_fast.fisher import _interim  # noqa: F401
 from ewc_fast.fisher.batches import Batch
-from ewc_fast.fisher.graph import Graph
-from ewc_fast.fisher.plan import Plan
-from ewc_fast.fisher.recorder import Recorder
+from ewc_fast.fisher.recorder.graph import Graph
+from ewc_fast.fisher.recorder.plan import Plan
+from ewc_fast.fisher.recorder.recorder import Recorder
+from ewc_fast.fisher.recorder.trial import Forward, Key, key_of, try_samples, watched, zeros_for
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED, FisherDiagonal, FisherReport
 from ewc_fast.fisher.scores import Scores
-from ewc_fast.fisher.trial import Forward, Key, key_of, try_samples, watched, zeros_for
 
 BATCHES_IN_A_SUM = 256
+UNRESOLVED = "its samples could not be told apart in every batch"
 
 
 class Pass:
@@ -78,11 +78,7 @@ class Pass:
             vectors = list(vectors)  # needed again for each sample
         recorder.add(vectors, self._scores.count(outputs, batch))
         slow = plan.slow.keys() | recorder.unresolved
-        for name in plan.recorded() - slow - plan.unused:
-            if self._ways[name] == NO_GRADIENT:
-                self._ways[name] = RECORDED
-        late = "its samples' rows could not be told apart in every batch"
-        self._ways.update({name: plan.slow.get(name, late) for name in sorted(slow)})
+        self._note({**plan.ways(), **dict.fromkeys(recorder.unresolved, UNRESOLVED)})
         if recorder.unresolved:
             del self._plans[key]  # look again at the next batch
         del outputs, graph, recorder
@@ -98,9 +94,7 @@ class Pass:
         reason = "its operations depend on the number of samples"
         return Plan(slow=dict.fromkeys(self._params, reason))
 
-    def _add_gradients(
-        self, names: set[str], outputs: Tensor, vectors: Iterable[Tensor]
-    ) -> None:
+    def _add_gradients(self, names: set[str], outputs: Tensor, vectors: Iterable[Tensor]) -> None:
         """Add the squares of gradients formed as usual: of one sample, or of a whole batch."""
         if not outputs.requires_grad:
             return
@@ -114,12 +108,14 @@ class Pass:
                 allow_unused=True,
             )
             found = {name: g for name, g in zip(chosen, grads, strict=True) if g is not None}
-            functional.accumulate_square_(
-                [self._sums[name] for name in found], [*found.values()]
-            )
-            for name in found:
-                if self._ways[name] == NO_GRADIENT:
-                    self._ways[name] = RECORDED
+            functional.accumulate_square_([self._sums[name] for name in found], [*found.values()])
+            self._note(dict.fromkeys(found, RECORDED))
+
+    def _note(self, ways: Mapping[str, str]) -> None:
+        """Remember for the report the slowest way of each parameter."""
+        for name, way in ways.items():
+            if self._ways[name] == NO_GRADIENT or way not in (NO_GRADIENT, RECORDED):
+                self._ways[name] = way
 
     def _make_room(self) -> None:
         """Start new sums from time to time: float32 loses small addends beside large sums."""

@@ -25,9 +25,7 @@ class FisherReport:
     @property
     def slow(self) -> dict[str, str]:
         """The parameters that took one sample at a time, and why."""
-        return {
-            name: way for name, way in self.ways.items() if way not in (RECORDED, NO_GRADIENT)
-        }
+        return {name: way for name, way in self.ways.items() if way not in (RECORDED, NO_GRADIENT)}
 
     def __str__(self) -> str:
         """Return one line."""

@@ -1,9 +1,9 @@
 """How each parameter's squares are to be taken, found out on a few samples.
 
 The first samples of a batch run through the model once; two backward passes over that small graph
-tell which gradients belong to single samples (see :mod:`ewc_fast.fisher.samples`). A parameter's
-*uses* are where gradients stop doing so: operations on samples whose operand comes from parameters
-alone. A plan holds for every batch whose graph has the same signature.
+tell which gradients belong to single samples, see :mod:`~ewc_fast.fisher.recorder.layouts`. A
+parameter's *uses* are where gradients stop doing so: operations on samples whose operand comes from
+parameters alone. A plan holds for every batch whose graph has the same signature.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.graph import Edge, Graph
-from ewc_fast.fisher.samples import Found, Regular, infer
-from ewc_fast.fisher.stems import Stem, geometry, leads_to_views, only_views
+from ewc_fast.fisher.recorder.graph import Edge, Graph
+from ewc_fast.fisher.recorder.layouts import Found, Regular, infer
+from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views
+from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Plan:
             for other in family.names:
                 self.slow.setdefault(other, f"taken together with {name}: {reason}")
 
-    def recorded(self) -> set[str]:
-        """Return the parameters that are not slow."""
-        return {name for family in self.families for name in family.names} | self.unused
+    def ways(self) -> dict[str, str]:
+        """Return for each parameter what a report says of it."""
+        recorded = {name: RECORDED for family in self.families for name in family.names}
+        return {**dict.fromkeys(sorted(self.unused), NO_GRADIENT), **recorded, **self.slow}
 
     def traced(self) -> set[int]:
         """Return the nodes whose samples must be looked up in each batch."""
@@ -95,7 +97,9 @@ def make_plan(
             if found == "zero":
                 silent.append(link)
             elif found == "mixed" and link not in views and only_views(graph.nodes[at]):
-                lost |= graph.parameters_below(link[0])  # samples were apart above, and must be here
+                lost |= graph.parameters_below(
+                    link[0]
+                )  # samples were apart above, and must be here
             elif found == "mixed":
                 uses.append(_use(graph, at, place, Stem(graph, link), layouts, selected_from))
             elif link[0] not in seen:
@@ -143,9 +147,7 @@ def _use(
     selected_from: int | None,
 ) -> Use:
     layout = next((found for edge, found in layouts.items() if edge[0] == at), None)
-    after_selection = (
-        selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
-    )
+    after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
     return Use(at, place, stem, regular, after_selection or regular is None)
 
@@ -166,8 +168,8 @@ def _families(uses: list[Use]) -> list[Family]:
 def _way(family: Family, graph: Graph, params: Mapping[str, Tensor]) -> str:
     """Return how a family's squares are taken, fastest first.
 
-    ``"apart"``: each use by itself, for no entry of the parameter has two. ``"pulled"``: the one
-    use's squares, then through its stem. ``"joined"``: the uses of one view, in the form of one use.
+    ``"apart"``: each use by itself, for no entry of the parameter has two. ``"joined"``: uses of
+    one view, in the form of one use. ``"pulled"``: the only use's squares, then through its stem.
     ``"together"``: the gradients of a few samples at a time, added up, then squared.
     """
     stems = [use.stem for use in family.uses]

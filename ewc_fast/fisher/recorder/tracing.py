@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.graph import Graph
-from ewc_fast.fisher.plan import Plan, Use
-from ewc_fast.fisher.samples import LABELS_A_PASS, Layout, Ragged, digits, labels
+from ewc_fast.fisher.recorder.graph import Graph
+from ewc_fast.fisher.recorder.layouts import LABELS_A_PASS, Layout, Ragged, digits, labels
+from ewc_fast.fisher.recorder.plan import Plan, Use
 
 
 def trace(graph: Graph, outputs: Tensor, plan: Plan) -> dict[Use, Layout]:
@@ -43,7 +45,7 @@ def trace(graph: Graph, outputs: Tensor, plan: Plan) -> dict[Use, Layout]:
 def _layout(
     use: Use,
     gradient: Tensor | None,
-    scaled: list[Tensor | None],
+    scaled: Sequence[Tensor | None],
     each: list[Tensor],
     powers: Tensor,
 ) -> Layout | None:

@@ -1,9 +1,9 @@
 r"""What lies between an operation's operand and the parameters it was made from.
 
 The operand :math:`w = s(\theta)` of a recorded operation may be a parameter, a view of one
-(``weight.t()``, a slice, a cast), or computed from parameters (weight norm, a low-rank update). A
-sample's gradient of :math:`\theta` is :math:`J^\top g_n` with :math:`J = ds / d\theta`; where J only
-picks entries, :math:`\sum_n (J^\top g_n)^2 = J^\top \sum_n g_n^2`.
+(``weight.t()``, a slice, a cast), or computed from parameters (weight norm, a low-rank update).
+With :math:`J = ds / d\theta` a sample's gradient of :math:`\theta` is :math:`J^\top g_n`; where J
+only picks entries, :math:`\sum_n (J^\top g_n)^2 = J^\top \sum_n g_n^2`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ewc_fast._checks import state_dtype
-from ewc_fast.fisher.graph import Edge, Graph, kind_of
+from ewc_fast.fisher.recorder.graph import Edge, Graph, kind_of
 
 View = Callable[[Tensor], Tensor]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ewc_fast._checks import state_dtype
 from ewc_fast.fisher.batches import Batch
-from ewc_fast.fisher.graph import Graph
-from ewc_fast.fisher.plan import Plan, make_plan
-from ewc_fast.fisher.recorder import Recorder
-from ewc_fast.fisher.watch import Watch
+from ewc_fast.fisher.recorder.graph import Graph
+from ewc_fast.fisher.recorder.plan import Plan, make_plan
+from ewc_fast.fisher.recorder.recorder import Recorder
+from ewc_fast.fisher.recorder.watch import Watch
 
 CANCELLED = 64  # roundings
 SAMPLES_TRIED = 3  # with two, more layouts would look alike
@@ -22,7 +22,9 @@ Forward = Callable[[Batch], Tensor]
 Key = tuple[int, bool]  # a graph's signature, and whether rows were selected by value
 
 
-def watched(forward: Forward, batch: Batch, params: Mapping[str, Tensor]) -> tuple[Tensor, Graph, Watch]:
+def watched(
+    forward: Forward, batch: Batch, params: Mapping[str, Tensor]
+) -> tuple[Tensor, Graph, Watch]:
     """Run the model; return its outputs, their graph and what else there was to see."""
     with Watch() as watch:
         outputs = forward(batch)
@@ -75,10 +77,8 @@ def _verify(
     for n in range(batch.size):
         alone = forward(batch.samples(n, n + 1))
         _check_apart(outputs[n : n + 1], alone)
-        grads = torch.autograd.grad(
-            alone, [*params.values()], vector[n : n + 1], allow_unused=True
-        )
-        for (name, values), grad in zip(left.items(), grads, strict=True):
+        grads = torch.autograd.grad(alone, [*params.values()], vector[n : n + 1], allow_unused=True)
+        for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
                 values.sub_(grad.to(values.dtype).square())
     coarsest = graph.coarsest_dtypes()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ewc_fast import functional
+from ewc_fast import functional, products
 from ewc_fast._checks import state_dtype
 
 
@@ -80,9 +80,9 @@ class Outer:
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares, by one product a sample or one for all."""
         if total.stride(1) != 1 and total.stride(0) == 1:
-            functional.accumulate_squared_product_(total.t(), self.right, self.left)
+            products.accumulate_squared_product_(total.t(), self.right, self.left)
         else:
-            functional.accumulate_squared_product_(total, self.left, self.right)
+            products.accumulate_squared_product_(total, self.left, self.right)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Return the gradients of some samples."""
@@ -104,6 +104,22 @@ def joined(uses: Sequence[PerSample]) -> PerSample | None:
     if len(dense) == len(uses):
         return Dense(torch.stack(dense).sum(0, dtype=state_dtype(dense[0].dtype)))
     return None
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """Gradients with respect to the same entries, in another shape."""
+
+    of: Outer
+    shape: torch.Size
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add the sum over samples of the squares."""
+        self.of.add_squares(total.view(-1, self.shape[-1]))
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """Return the gradients of some samples."""
+        return self.of.gradients(start, stop).view(-1, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ class Convolution:
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
             grads, inputs = inputs, grads
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
-        functional.accumulate_squared_convolution_(total, grads, inputs, **geometry)
+        products.accumulate_squared_convolution_(total, grads, inputs, **geometry)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Return the gradients of some samples."""

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
-from ewc_fast.fisher.graph import Edge, Graph
-from ewc_fast.fisher.per_sample import Outer, PerSample, joined
-from ewc_fast.fisher.plan import Family, Plan, Use
-from ewc_fast.fisher.rules import Operand, by_its_own_backward, by_rule
-from ewc_fast.fisher.samples import Layout
-from ewc_fast.fisher.stems import shape_at, zeros_at
-from ewc_fast.fisher.tracing import trace
+from ewc_fast.fisher.recorder.graph import Edge, Graph
+from ewc_fast.fisher.recorder.layouts import Layout
+from ewc_fast.fisher.recorder.per_sample import Outer, PerSample, joined
+from ewc_fast.fisher.recorder.plan import Family, Plan, Use
+from ewc_fast.fisher.recorder.rules import Operand, by_its_own_backward, by_rule
+from ewc_fast.fisher.recorder.stems import shape_at, zeros_at
+from ewc_fast.fisher.recorder.tracing import trace
 
 BYTES_AT_ONCE = 4 * 2**20  # of per-sample gradients that are formed: what a cache holds
 
@@ -205,12 +205,12 @@ def _add_product(total: Tensor, outer: Outer, squares: Tensor) -> None:
 def _dead_ends(graph: Graph, plan: Plan, uses: set[int]) -> set[Edge]:
     """Return where gradients are caught: nothing behind has a use, so nothing behind need run."""
     stems = {use.stem.edge for family in plan.families for use in family.uses}
-    goes_on: set[int] = set()
+    needed, goes_on = set(uses), set[int]()
     for at, links in enumerate(graph.edges):  # operands come before their users
-        for link in links:
-            if link is not None and link not in stems:
-                if link in plan.dormant or link[0] in uses or link[0] in goes_on:
-                    goes_on.add(at)
+        on_samples = [link for link in links if link is not None and link not in stems]
+        if any(link in plan.dormant or link[0] in needed for link in on_samples):
+            goes_on.add(at)
+            needed.add(at)
     last = uses - goes_on
     into = {link for links in graph.edges for link in links if link is not None and link[0] in last}
     if graph.root is not None and graph.root[0] in last:

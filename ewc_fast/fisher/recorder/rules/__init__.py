@@ -1,0 +1,47 @@
+"""What each kind of operation says of the gradients of its operands, sample by sample.
+
+A rule takes a node of the autograd graph, the gradient of what it returned, the layout of samples
+in it, which operand is asked for and that operand's shape. What an operation saved for its own
+backward pass is all it needs. Where no rule fits, the operation's own backward pass is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ewc_fast.fisher.recorder.graph import kind_of
+from ewc_fast.fisher.recorder.per_sample import PerSample
+from ewc_fast.fisher.recorder.rules import convolution, elementwise, norms, products, tables
+from ewc_fast.fisher.recorder.rules.operand import Operand
+from ewc_fast.fisher.recorder.rules.own_backward import by_its_own_backward
+
+__all__ = ["RULES", "Operand", "by_its_own_backward", "by_rule"]
+
+Rule = Callable[[Operand], PerSample | None]
+
+RULES: dict[str, Rule] = {
+    "Addmm": products.addmm,
+    "Mm": products.mm,
+    "Bmm": products.bmm,
+    "Baddbmm": products.baddbmm,
+    "Mv": products.mv,
+    "Trilinear": products.trilinear,
+    "Convolution": convolution.convolution,
+    "Embedding": tables.embedding,
+    "Index": tables.index,
+    "Add": elementwise.add,
+    "Sub": elementwise.sub,
+    "Mul": elementwise.mul,
+    "Expand": elementwise.expand,
+    "Repeat": elementwise.repeat,
+    "NativeLayerNorm": norms.layer_norm,
+    "NativeGroupNorm": norms.group_norm,
+    "NativeBatchNorm": norms.batch_norm,
+    "FusedRmsNorm": norms.rms_norm,
+}
+
+
+def by_rule(use: Operand) -> PerSample | None:
+    """Return the gradients of a use, or ``None`` if no rule fits it."""
+    rule = RULES.get(kind_of(use.node))
+    return None if rule is None else rule(use)
