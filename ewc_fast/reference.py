@@ -142,10 +142,12 @@ def accumulate_squared_convolution_(
     g = grads.to(total.dtype).flatten(2).unflatten(1, (groups, -1))
     around = [pad for size in reversed(padding) for pad in (size, size)]
     a = F.pad(inputs.to(total.dtype), around)
-    for place in itertools.product(*map(range, total.shape[2:])):
+    for place in itertools.product(*(range(size) for size in total.shape[2:])):
         window: list[slice] = [slice(None), slice(None)]
         for k, spread, step, count in zip(place, dilation, stride, grads.shape[2:], strict=True):
-            window.append(slice(k * spread, k * spread + step * (count - 1) + 1 if count else 0, step))
+            window.append(
+                slice(k * spread, k * spread + step * (count - 1) + 1 if count else 0, step)
+            )
         met = a[tuple(window)].flatten(2).unflatten(1, (groups, -1))
         squares = torch.einsum("ngot,ngit->ngoi", g, met).square().sum(0)
         total[(slice(None), slice(None), *place)].add_(squares.flatten(0, 1))

@@ -69,20 +69,22 @@ def squared_convolution(
             f"({columns}), got {groups}"
         )
     _shape("total", total, (rows, columns // groups, *kernel), "(O, I / groups, *kernel)")
+    if 0 in kernel:
+        raise ValueError(f"total: expected a kernel of at least one element, got {kernel}")
     _shape("grads", grads, (samples, rows, *grads.shape[2:]), "(N, O, *positions) beside inputs")
     _bias(bias_total, rows)
     _positions(grads, inputs, kernel, geometry)
     if not total.is_contiguous():
-        raise ValueError("total: expected a contiguous tensor, got strides "
-                         f"{total.stride()}; pass a .contiguous() one and copy it back")
+        raise ValueError(
+            "total: expected a contiguous tensor, got strides "
+            f"{total.stride()}; pass a .contiguous() one and copy it back"
+        )
     _written("total", total)
     _apart(total, grads, inputs, bias_total)
     return geometry
 
 
-def _positions(
-    grads: Tensor, inputs: Tensor, kernel: tuple[int, ...], geometry: Geometry
-) -> None:
+def _positions(grads: Tensor, inputs: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> None:
     """Raise unless a convolution of this geometry, or a transposed one, has these positions.
 
     What is left of the input behind the last position is less than a step of the convolution; of
@@ -144,9 +146,7 @@ def _dimensions(name: str, tensor: Tensor, wanted: str, dims: int) -> None:
 
 def _shape(name: str, tensor: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
     if tuple(tensor.shape) != wanted:
-        raise ValueError(
-            f"{name}: expected shape {wanted}, {meaning}, got {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape {wanted}, {meaning}, got {tuple(tensor.shape)}")
 
 
 def _bias(bias_total: Tensor | None, rows: int) -> None:
