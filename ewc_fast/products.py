@@ -69,7 +69,7 @@ def accumulate_squared_product_(
         core.squared_product(reader, total, grads, inputs, bias_total, torch.get_num_threads())
         _mark_written(total, bias_total)
     else:
-        _by_library(total, grads, inputs, bias_total)
+        by_library(total, grads, inputs, bias_total)
 
 
 def accumulate_squared_convolution_(
@@ -177,7 +177,7 @@ def _parts(groups: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _by_library(total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None) -> None:
+def by_library(total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None) -> None:
     """Chunks of per-sample products that stay in the cache, then their squares."""
     grads, inputs = grads.to(total.dtype), inputs.to(total.dtype)
     if grads.shape[1] == 1:

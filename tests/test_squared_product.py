@@ -14,7 +14,7 @@ from torch import Tensor
 from ewc_fast import functional, reference
 from ewc_fast._dispatch import product_way
 from ewc_fast._native import core, reader
-from ewc_fast.products import _by_library
+from ewc_fast.products import by_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,7 +120,7 @@ def test_the_librarys_products_add_the_same(size, dtype):
     samples, positions, rows, columns = size
     grads = random(samples, positions, rows, dtype=dtype)
     inputs = random(samples, positions, columns, dtype=dtype)
-    assert_adds(lambda total, bias: _by_library(total, grads, inputs, bias), grads, inputs)
+    assert_adds(lambda total, bias: by_library(total, grads, inputs, bias), grads, inputs)
 
 
 def test_the_rule_depends_on_sizes_and_dtype_alone():
