@@ -31,6 +31,7 @@ RUNS = (
     ("penalty", KEPT),
     ("optimizer", DEFAULT),
     ("operations", DEFAULT),
+    ("products", DEFAULT),
     ("fisher", DEFAULT),
     ("fisher", KEPT),
 )

@@ -105,9 +105,10 @@ void squared_convolution(const TensorReader& reader, py::handle total_, py::hand
   for (int d = 0; d < 3; ++d) {
     demand(geometry.stride[d] > 0 && geometry.padding[d] >= 0 && geometry.dilation[d] > 0,
            "stride, padding, dilation", "numbers of a convolution");
+    demand(kernel[d] > 0, "total", "a kernel of at least one element");
     const std::int64_t last = (convolution.grads.size[d] - 1) * geometry.stride[d] +
                               geometry.dilation[d] * (kernel[d] - 1);
-    demand(convolution.grads.size[d] == 0 || kernel[d] == 0 ||
+    demand(convolution.grads.size[d] == 0 ||
                last < convolution.inputs.size[d] + 2 * geometry.padding[d],
            "grads", "positions inside the padded inputs");
   }

@@ -33,10 +33,13 @@ from ewc_fast._checks import as_list
 from ewc_fast._dispatch import Impl
 from ewc_fast._ops import EagerPenalty
 from ewc_fast._plan import Plan
+from ewc_fast.products import accumulate_squared_convolution_, accumulate_squared_product_
 
 __all__ = [
     "Plan",
     "accumulate_square_",
+    "accumulate_squared_convolution_",
+    "accumulate_squared_product_",
     "add_penalty_grad_",
     "merge_",
     "merge_online_",

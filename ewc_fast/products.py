@@ -65,11 +65,11 @@ def accumulate_squared_product_(
         samples = _samples_at_once(REFERENCE_BYTES, total)
         for g, a in zip(grads.split(samples), inputs.split(samples), strict=True):
             reference.accumulate_squared_product_(total, g, a, bias_total=bias_total)
-    elif impl == "cpu" or product_way(*grads.shape, inputs.shape[2], total.dtype) == "kernel":
+    elif impl == "cpu" or _way(total, grads) == "kernel":
         core.squared_product(reader, total, grads, inputs, bias_total, torch.get_num_threads())
         _mark_written(total, bias_total)
     else:
-        _by_library(total, grads, inputs, bias_total)
+        by_library(total, grads, inputs, bias_total)
 
 
 def accumulate_squared_convolution_(
@@ -137,7 +137,9 @@ def accumulate_squared_convolution_(
     # In three dimensions; those that are missing have size 1, stride 1, no padding.
     missing = 5 - inputs.dim()
     deep = [t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]) for t in (total, grads, inputs)]
-    places = [(least,) * missing + g for least, g in zip((1, 0, 1), geometry, strict=True)]
+    strides, paddings, dilations = (
+        (neutral,) * missing + given for neutral, given in zip((1, 0, 1), geometry, strict=True)
+    )
     for rows, columns in _parts(groups, grads.shape[1], inputs.shape[1]):
         core.squared_convolution(
             reader,
@@ -145,11 +147,18 @@ def accumulate_squared_convolution_(
             deep[1][:, rows],
             deep[2][:, columns],
             None if bias_total is None else bias_total[rows],
-            *places,
+            strides,
+            paddings,
+            dilations,
             depthwise,
             torch.get_num_threads(),
         )
     _mark_written(total, bias_total)
+
+
+def _way(total: Tensor, grads: Tensor) -> str:
+    samples, positions, rows = grads.shape
+    return product_way(samples, positions, rows, total.shape[1], total.dtype)
 
 
 def _parts(groups: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
@@ -168,7 +177,7 @@ def _parts(groups: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _by_library(total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None) -> None:
+def by_library(total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None) -> None:
     """Chunks of per-sample products that stay in the cache, then their squares."""
     grads, inputs = grads.to(total.dtype), inputs.to(total.dtype)
     if grads.shape[1] == 1:

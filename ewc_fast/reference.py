@@ -142,7 +142,9 @@ def accumulate_squared_convolution_(
     g = grads.to(total.dtype).flatten(2).unflatten(1, (groups, -1))
     around = [pad for size in reversed(padding) for pad in (size, size)]
     a = F.pad(inputs.to(total.dtype), around)
-    for place in itertools.product(*map(range, total.shape[2:])):
+    weights = total.flatten(2)
+    kernel = itertools.product(*(range(size) for size in total.shape[2:]))
+    for index, place in enumerate(kernel):
         window: list[slice] = [slice(None), slice(None)]
         for k, spread, step, count in zip(place, dilation, stride, grads.shape[2:], strict=True):
             window.append(
@@ -150,7 +152,7 @@ def accumulate_squared_convolution_(
             )
         met = a[tuple(window)].flatten(2).unflatten(1, (groups, -1))
         squares = torch.einsum("ngot,ngit->ngoi", g, met).square().sum(0)
-        total[(slice(None), slice(None), *place)].add_(squares.flatten(0, 1))
+        weights[:, :, index].add_(squares.flatten(0, 1))
     if bias_total is not None:
         bias_total.add_(g.sum(3).square().sum(0).flatten())
 

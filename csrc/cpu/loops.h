@@ -174,6 +174,7 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
    {Vector<float>::lanes, Vector<double>::lanes},                               \
    EWC_FAST_TWO(any_tile),                                                      \
    EWC_FAST_TWO(bias_tile),                                                     \
+   EWC_FAST_TWO(add_block),                                                     \
    EWC_FAST_TWO(square_in_place),                                               \
    EWC_FAST_INSTANCES(gather),                                                  \
    EWC_FAST_TWO(depthwise)}

@@ -32,6 +32,9 @@ struct ProductKernels {
                   const void* carried_in, void* carried_out, void* sums);
   void (*bias_tile[2])(int rows, const void* g, const Groups& groups, void* carried, bool carry_in,
                        bool carry_out, void* sums);
+  // total[row][column] += sums[row][column]; sums' rows are `width` long, a tile's columns.
+  void (*add_block[2])(void* total, std::int64_t row_stride, const void* sums, std::int64_t width,
+                       std::int64_t rows, std::int64_t columns);
   void (*square_in_place[2])(void* values, std::int64_t n);
   // Indexed by the DType of what is gathered; gives double for double and float otherwise.
   void (*gather[kDTypes])(void* out, std::int64_t out_stride, std::int64_t width, const void* in,

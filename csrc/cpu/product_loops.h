@@ -137,6 +137,20 @@ void bias_tile(int rows, const void* g_, const Groups& groups, void* carried_, b
 }
 
 template <class T>
+void add_block(void* total_, std::int64_t row_stride, const void* sums_, std::int64_t width,
+               std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t full = kTileVectors * Vector<T>::lanes;
+  T* __restrict total = static_cast<T*>(total_);
+  const T* __restrict sums = static_cast<const T*>(sums_);
+  for (std::int64_t row = 0; row < rows; ++row, total += row_stride, sums += width) {
+    if (columns == full)
+      for (std::int64_t column = 0; column < full; ++column) total[column] += sums[column];
+    else
+      for (std::int64_t column = 0; column < columns; ++column) total[column] += sums[column];
+  }
+}
+
+template <class T>
 void square_in_place(void* values_, std::int64_t n) {
   T* values = static_cast<T*>(values_);
   for (std::int64_t i = 0; i < n; ++i) values[i] *= values[i];

@@ -7,9 +7,9 @@
 namespace ewc_fast::cpu {
 namespace {
 
-// Products in one block: panels of that depth stay in the second-level cache, 64 KiB for 32
-// columns.
-constexpr std::int64_t kDepth = 512;
+// Products in one block. Panels of 12 rows, 36 KiB, stay in a core's own cache while those of 32
+// columns pass by. At 256 and at 2048 the rate is 5 to 10 % lower on a Zen 4.
+constexpr std::int64_t kDepth = 768;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kOneThreadBelow = 2e6;
 constexpr std::int64_t kMaxTile = 12 * 32;
@@ -92,7 +92,7 @@ class Product {
       }
 #pragma omp for schedule(dynamic, share)
       for (std::int64_t tile = 0; tile < tiles(); ++tile)
-        add_tile(block, tile % rows_.count(), tile / rows_.count());
+        add_tile(block, tile / columns_.count(), tile % columns_.count());
     }
   }
 
@@ -155,11 +155,7 @@ class Product {
                           block.groups, block.carry_in ? carried : nullptr,
                           block.carry_out ? carried : nullptr, sums);
     if (block.carry_out) return;
-    for (std::int64_t row = 0; row < rows; ++row) {
-      T* __restrict out = total + row * totals_.row_stride;
-      const T* __restrict sum = sums + row * width;
-      for (std::int64_t column = 0; column < columns; ++column) out[column] += sum[column];
-    }
+    kernels_.add_block[kIndex](total, totals_.row_stride, sums, width, rows, columns);
   }
 
   const Totals& totals_;

@@ -5,7 +5,7 @@
 //
 // 2 N T O I + 2 N O I flops, against 4 (N T (O + I) + 2 O I) bytes that must be read and written:
 // bound by arithmetic wherever O and I exceed some tens. Per-sample products are never stored; with
-// more than kDepth positions one sample's sums are, O I numbers.
+// more positions than a block holds one sample's sums are, O I numbers.
 #pragma once
 
 #include <cstdint>

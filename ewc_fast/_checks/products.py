@@ -69,6 +69,8 @@ def squared_convolution(
             f"({columns}), got {groups}"
         )
     _shape("total", total, (rows, columns // groups, *kernel), "(O, I / groups, *kernel)")
+    if 0 in kernel:
+        raise ValueError(f"total: expected a kernel of at least one element, got {kernel}")
     _shape("grads", grads, (samples, rows, *grads.shape[2:]), "(N, O, *positions) beside inputs")
     _bias(bias_total, rows)
     _positions(grads, inputs, kernel, geometry)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ewc_fast import functional, products
+from ewc_fast import functional
 from ewc_fast._checks import state_dtype
 
 
@@ -80,9 +80,9 @@ class Outer:
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares, by one product a sample or one for all."""
         if total.stride(1) != 1 and total.stride(0) == 1:
-            products.accumulate_squared_product_(total.t(), self.right, self.left)
+            functional.accumulate_squared_product_(total.t(), self.right, self.left)
         else:
-            products.accumulate_squared_product_(total, self.left, self.right)
+            functional.accumulate_squared_product_(total, self.left, self.right)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Return the gradients of some samples."""
@@ -184,7 +184,7 @@ class Convolution:
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
             grads, inputs = inputs, grads
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
-        products.accumulate_squared_convolution_(total, grads, inputs, **geometry)
+        functional.accumulate_squared_convolution_(total, grads, inputs, **geometry)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Return the gradients of some samples."""
