@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+LEAF = "torch::autograd::AccumulateGrad"
 Edge = tuple[int, int]  # a node's place in Graph.nodes, and which of its outputs
 
 
@@ -24,48 +25,38 @@ class Graph:
         self.nodes: list[Any] = []
         self.edges: list[tuple[Edge | None, ...]] = []
         self.names: dict[int, str] = {}  # of the parameters: nodes without edges
-        root = outputs.grad_fn
-        self._names_by_id = {id(param): name for name, param in params.items()}
-        index = self._walk(root)
-        self.root: Edge | None = None if index is None else (index, outputs.output_nr)
-        self.signature = hash(
-            (
-                self.root,
-                tuple(
-                    (node.name(), links) for node, links in zip(self.nodes, self.edges, strict=True)
-                ),
-                tuple(self.names.items()),
-            )
-        )
-
-    def _walk(self, root: Any) -> int | None:
-        places: dict[Any, int | None] = {None: None}
-        stack = [root]
+        kinds: list[str] = []
+        by_id = {id(param): name for name, param in params.items()}
+        places: dict[Any, int | None] = {None: None}  # None: leads to no parameter
+        stack = [(outputs.grad_fn, None)]
         while stack:
-            node = stack[-1]
+            node, functions = stack.pop()
             if node in places:
-                stack.pop()
                 continue
-            waiting = [child for child, _ in node.next_functions if child not in places]
-            if waiting:
-                stack.extend(waiting)
+            if functions is None:
+                functions = node.next_functions
+                waiting = [(child, None) for child, _ in functions if child not in places]
+                if waiting:
+                    stack.append((node, functions))
+                    stack += waiting
+                    continue
+            links = [(places[child], output) for child, output in functions]
+            leads_on = any(place is not None for place, _ in links)
+            kind = node.name()
+            name = by_id.get(id(node.variable)) if kind == LEAF else None
+            if name is None and not leads_on:
+                places[node] = None
                 continue
-            places[stack.pop()] = self._add(node, places)
-        return places[root]
-
-    def _add(self, node: Any, places: Mapping[Any, int | None]) -> int | None:
-        links = tuple(
-            None if (place := places[child]) is None else (place, output)
-            for child, output in node.next_functions
-        )
-        name = self._names_by_id.get(id(getattr(node, "variable", None)))
-        if name is None and not any(links):
-            return None
-        if name is not None:
-            self.names[len(self.nodes)] = name
-        self.nodes.append(node)
-        self.edges.append(links)
-        return len(self.nodes) - 1
+            places[node] = at = len(self.nodes)
+            if name is not None:
+                self.names[at] = name
+            self.nodes.append(node)
+            self.edges.append(tuple(None if link[0] is None else link for link in links))  # type: ignore[misc]
+            kinds.append(kind)
+        root = places[outputs.grad_fn]
+        self.root: Edge | None = None if root is None else (root, outputs.output_nr)
+        described = self.root, tuple(kinds), tuple(self.edges), tuple(self.names.items())
+        self.signature = hash(described)
 
     def gradient_edge(self, edge: Edge) -> GradientEdge:
         """Return what ``torch.autograd.grad`` takes in place of a tensor."""

@@ -1,7 +1,7 @@
 r"""The gradients of a batch's samples with respect to one operand, in the form they come in.
 
-Each form adds :math:`\sum_n g_n^2` to a total without storing all :math:`g_n`, and can also
-produce the gradients of a few samples, to be added to those of other uses before squaring.
+Each form adds :math:`\sum_n g_n^2` to a total without storing all :math:`g_n`, and can also add
+the :math:`g_n` of a few samples to those of other uses, to be squared afterwards.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class PerSample(Protocol):
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples, (samples, *shape), in the state's dtype."""
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of the samples from ``start`` on, as many as there is room for."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Dense:
         else:
             total.add_(self.values.to(total.dtype).square().sum(0))
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        return self.values[start:stop].to(state_dtype(self.values.dtype))
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        gradients.add_(self.values[start : start + len(gradients)])
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Outer:
         else:
             functional.accumulate_squared_product_(total, self.left, self.right)
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        dtype = state_dtype(self.left.dtype)
-        left, right = self.left[start:stop].to(dtype), self.right[start:stop].to(dtype)
-        return torch.bmm(left.transpose(1, 2), right)
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        some = slice(start, start + len(gradients))
+        left, right = self.left[some].to(gradients.dtype), self.right[some].to(gradients.dtype)
+        gradients.baddbmm_(left.transpose(1, 2), right)
 
 
 def joined(uses: Sequence[PerSample]) -> PerSample | None:
@@ -117,9 +117,9 @@ class Reshaped:
         """Add the sum over samples of the squares."""
         self.of.add_squares(total.view(-1, self.shape[-1]))
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        return self.of.gradients(start, stop).view(-1, *self.shape)
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        self.of.add_to(gradients.flatten(1, -2), start)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,10 @@ class Blocks:
         for part, block in zip(total, self.blocks, strict=True):
             block.add_squares(part)
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        return torch.stack([block.gradients(start, stop) for block in self.blocks], 1)
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        for part, block in zip(gradients.unbind(1), self.blocks, strict=True):
+            block.add_to(part, start)
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,13 @@ class Rows:
         sums = values.new_zeros(len(keys), values.shape[1]).index_add_(0, places, values)
         total.index_add_(0, keys % entries, sums.square_().view(-1, *self.shape[1:]))
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        values = self.values[start:stop].to(state_dtype(self.values.dtype))
-        found = values.new_zeros(stop - start, self.shape[0], values.shape[2])
-        places = self.indices[start:stop].unsqueeze(2).expand_as(values)
-        return found.scatter_add_(1, places, values).view(stop - start, *self.shape)
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        some = slice(start, start + len(gradients))
+        for gradient, rows, values in zip(
+            gradients, self.indices[some], self.values[some].to(gradients.dtype), strict=True
+        ):
+            gradient.index_add_(0, rows, values.view(-1, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,10 @@ class Convolution:
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
         if self.grads.shape[1] != 1:
-            _square_in_chunks(self, total)
+            for n in range(len(self.grads)):
+                gradient = torch.zeros_like(total).unsqueeze(0)
+                self.add_to(gradient, n)
+                total.add_(gradient[0].square_())
             return
         grads, inputs = self.grads[:, 0], self.inputs[:, 0]
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
@@ -186,19 +191,16 @@ class Convolution:
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
         functional.accumulate_squared_convolution_(total, grads, inputs, **geometry)
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        dtype = state_dtype(self.grads.dtype)
-        like = self.grads.new_zeros(self.weight_shape, dtype=dtype)
-        return torch.stack(
-            [
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        like = gradients.new_zeros(self.weight_shape)
+        for n, gradient in enumerate(gradients, start):
+            gradient.add_(
                 torch.ops.aten.convolution_backward(
-                    self.grads[n].to(dtype), self.inputs[n].to(dtype), like, None,
+                    self.grads[n].to(like.dtype), self.inputs[n].to(like.dtype), like, None,
                     *self.geometry.values(), (False, True, False),
                 )[1]
-                for n in range(start, stop)
-            ]
-        )  # fmt: skip
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,7 @@ class OneByOne:
         for n in range(self.samples):
             total.add_(self.gradient_of(n).to(total.dtype).square())
 
-    def gradients(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples."""
-        found = torch.stack([self.gradient_of(n) for n in range(start, stop)])
-        return found.to(state_dtype(found.dtype))
-
-
-def _square_in_chunks(gradients: Convolution, total: Tensor) -> None:
-    for n in range(len(gradients.grads)):
-        total.add_(gradients.gradients(n, n + 1)[0].to(total.dtype).square())
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        for n, gradient in enumerate(gradients, start):
+            gradient.add_(self.gradient_of(n))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ewc_fast.fisher.recorder.graph import Edge, Graph
 from ewc_fast.fisher.recorder.layouts import Found, Regular, infer
-from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views
+from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views, shape_at
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
 
 
@@ -27,6 +27,7 @@ class Use:
     node: int
     place: int
     stem: Stem
+    shape: torch.Size  # of the operand
     layout: Regular | None
     traced: bool  # the layout need not hold in another batch, and is looked up in each
 
@@ -149,7 +150,8 @@ def _use(
     layout = next((found for edge, found in layouts.items() if edge[0] == at), None)
     after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
-    return Use(at, place, stem, regular, after_selection or regular is None)
+    shape = shape_at(graph, stem.edge)
+    return Use(at, place, stem, shape, regular, after_selection or regular is None)
 
 
 def _families(uses: list[Use]) -> list[Family]:

@@ -71,7 +71,8 @@ class Recorder:
     def _finish(self) -> None:
         """Add what waited for the last pass."""
         for use, (family, outer, squares) in self._one_position.items():
-            _add_product(self._total(family, use), outer, squares)
+            sum_of_passes = Outer.of(squares.sqrt_(), outer.input, outer.gradient_is_left)
+            sum_of_passes.add_squares(self._total(family, use))
         for family, total in self._pulled.items():
             stem = family.uses[0].stem
             for name, grad in zip(
@@ -127,8 +128,7 @@ class Recorder:
             return
         node = self._graph.nodes[at]
         for family, use in self._uses[at]:
-            shape = shape_at(self._graph, use.stem.edge)
-            operand = Operand(node, use.place, shape, grads, self._layouts[use])
+            operand = Operand(node, use.place, use.shape, grads, self._layouts[use])
             gradients = by_rule(operand)
             if gradients is not None:
                 self._take(family, use, gradients)
@@ -172,34 +172,29 @@ class Recorder:
         size = sum(self._sums[name].numel() for name in family.names)
         step = max(1, BYTES_AT_ONCE // (4 * max(size, 1)))
         for start in range(0, len(self._outputs), step):
-            stop = min(start + step, len(self._outputs))
-            gradients = self._gradients(family, kept, start, stop)
-            functional.accumulate_square_(
-                [self._sums[name] for name in family.names], [*gradients.values()]
-            )
+            samples = min(step, len(self._outputs) - start)
+            sums = [self._sums[name] for name in family.names]
+            gradients = [total.new_zeros(samples, *total.shape) for total in sums]
+            self._add_gradients(dict(zip(family.names, gradients, strict=True)), kept, start)
+            functional.accumulate_square_(sums, gradients)
 
-    def _gradients(
-        self, family: Family, kept: Mapping[Use, PerSample], start: int, stop: int
-    ) -> dict[str, Tensor]:
-        """Return the gradients of some samples with respect to a family's parameters."""
-        found = {
-            name: self._sums[name].new_zeros(stop - start, *self._sums[name].shape)
-            for name in family.names
-        }
-        for use, gradients in kept.items():
-            for n, gradient in enumerate(gradients.gradients(start, stop)):
-                if use.stem.is_view:
-                    use.stem.view(found[use.stem.names[0]][n]).add_(gradient)
-                    continue
-                pulled = use.stem.pull(self._graph, gradient, self._params)
-                for name, grad in zip(use.stem.names, pulled, strict=True):
-                    found[name][n].add_(grad)
-        return found
-
-
-def _add_product(total: Tensor, outer: Outer, squares: Tensor) -> None:
-    """Add (sum_k g_k^2)^T a^2, given one of the g_k and the sum of their squares."""
-    Outer.of(squares.sqrt_(), outer.input, outer.gradient_is_left).add_squares(total)
+    def _add_gradients(
+        self, gradients: Mapping[str, Tensor], kept: Mapping[Use, PerSample], start: int
+    ) -> None:
+        """Add some samples' gradients with respect to a family's parameters."""
+        samples = len(next(iter(gradients.values())))
+        for use, of_use in kept.items():
+            stem = use.stem
+            if stem.is_view:
+                of_use.add_to(stem.view_each(gradients[stem.names[0]]), start)
+                continue
+            dtype = next(iter(gradients.values())).dtype
+            operands = torch.zeros(samples, *use.shape, dtype=dtype, device=self._outputs.device)
+            of_use.add_to(operands, start)
+            for n, operand in enumerate(operands):
+                pulled = stem.pull(self._graph, operand, self._params)
+                for name, gradient in zip(stem.names, pulled, strict=True):
+                    gradients[name][n].add_(gradient)
 
 
 def _dead_ends(graph: Graph, plan: Plan, uses: set[int]) -> set[Edge]:

@@ -40,6 +40,12 @@ class Stem:
             tensor = step(tensor)
         return tensor
 
+    def view_each(self, tensors: Tensor) -> Tensor:
+        """Return the view of each of a batch of tensors like the parameter."""
+        first = self.view(tensors[0])
+        strides = (tensors.stride(0), *first.stride())
+        return tensors.as_strided((len(tensors), *first.shape), strides, first.storage_offset())
+
     def pull(self, graph: Graph, gradient: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
         """Return :math:`J^T g` for each of ``names``."""
         like = graph.nodes[self.edge[0]]._input_metadata[self.edge[1]]
