@@ -28,7 +28,7 @@ class Graph:
         kinds: list[str] = []
         by_id = {id(param): name for name, param in params.items()}
         places: dict[Any, int | None] = {None: None}  # None: leads to no parameter
-        stack = [(outputs.grad_fn, None)]
+        stack: list[tuple[Any, Any]] = [(outputs.grad_fn, None)]
         while stack:
             node, functions = stack.pop()
             if node in places:
