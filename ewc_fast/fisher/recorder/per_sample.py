@@ -23,12 +23,23 @@ class PerSample(Protocol):
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
 
+    def add_squares_with_bias(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Do so for the operation's bias too, if one reading serves both; return whether it did."""
+
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of the samples from ``start`` on, as many as there is room for."""
 
 
+class Alone:
+    """A form that has nothing in common with a bias."""
+
+    def add_squares_with_bias(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Do nothing."""
+        return False
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Alone):
     """Gradients as they are, (N, *shape): of biases, scales, position embeddings."""
 
     values: Tensor
@@ -79,16 +90,30 @@ class Outer:
 
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares, by one product a sample or one for all."""
-        if total.stride(1) != 1 and total.stride(0) == 1:
-            functional.accumulate_squared_product_(total.t(), self.right, self.left)
-        else:
-            functional.accumulate_squared_product_(total, self.left, self.right)
+        self._add(total, None)
+
+    def add_squares_with_bias(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Add those of the gradient side's sums over positions, too."""
+        if _is_transposed(total) == self.gradient_is_left:
+            return False  # the rows are the inputs'
+        self._add(total, bias_total)
+        return True
+
+    def _add(self, total: Tensor, bias_total: Tensor | None) -> None:
+        rows, columns = self.left, self.right
+        if _is_transposed(total):
+            total, rows, columns = total.t(), columns, rows
+        functional.accumulate_squared_product_(total, rows, columns, bias_total=bias_total)
 
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of some samples."""
         some = slice(start, start + len(gradients))
         left, right = self.left[some].to(gradients.dtype), self.right[some].to(gradients.dtype)
         gradients.baddbmm_(left.transpose(1, 2), right)
+
+
+def _is_transposed(total: Tensor) -> bool:
+    return total.stride(1) != 1 and total.stride(0) == 1
 
 
 def joined(uses: Sequence[PerSample]) -> PerSample | None:
@@ -107,7 +132,7 @@ def joined(uses: Sequence[PerSample]) -> PerSample | None:
 
 
 @dataclass(frozen=True)
-class Reshaped:
+class Reshaped(Alone):
     """Gradients with respect to the same entries, in another shape."""
 
     of: Outer
@@ -123,7 +148,7 @@ class Reshaped:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Alone):
     """One outer-product gradient for each entry of a first dimension, as ``bmm`` has them."""
 
     blocks: list[Outer]
@@ -140,7 +165,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Alone):
     """Gradients of a few rows of a table (N, T, D), which may repeat: embeddings."""
 
     indices: Tensor
@@ -179,6 +204,16 @@ class Convolution:
 
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
+        self._add(total, None)
+
+    def add_squares_with_bias(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Add those of the sums over positions, too."""
+        if self.geometry["transposed"] or self.grads.shape[1] != 1:
+            return False
+        self._add(total, bias_total)
+        return True
+
+    def _add(self, total: Tensor, bias_total: Tensor | None) -> None:
         if self.grads.shape[1] != 1:
             for n in range(len(self.grads)):
                 gradient = torch.zeros_like(total).unsqueeze(0)
@@ -189,7 +224,9 @@ class Convolution:
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
             grads, inputs = inputs, grads
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
-        functional.accumulate_squared_convolution_(total, grads, inputs, **geometry)
+        functional.accumulate_squared_convolution_(
+            total, grads, inputs, **geometry, bias_total=bias_total
+        )
 
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of some samples."""
@@ -204,7 +241,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class OneByOne:
+class OneByOne(Alone):
     """Gradients that an operation's own backward gives when all other samples' are 0."""
 
     gradient_of: Callable[[int], Tensor]

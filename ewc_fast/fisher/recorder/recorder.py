@@ -19,7 +19,7 @@ from ewc_fast.fisher.recorder.graph import Edge, Graph
 from ewc_fast.fisher.recorder.layouts import Layout
 from ewc_fast.fisher.recorder.per_sample import Outer, PerSample, joined
 from ewc_fast.fisher.recorder.plan import Family, Plan, Use
-from ewc_fast.fisher.recorder.rules import Operand, by_its_own_backward, by_rule
+from ewc_fast.fisher.recorder.rules import Operand, bias_place, by_its_own_backward, by_rule
 from ewc_fast.fisher.recorder.stems import shape_at, zeros_at
 from ewc_fast.fisher.recorder.tracing import trace
 
@@ -46,6 +46,9 @@ class Recorder:
             if self.unresolved.isdisjoint(family.names):
                 for use in family.uses:
                     self._uses.setdefault(use.node, []).append((family, use))
+        for at, uses in self._uses.items():  # a bias comes last
+            place = bias_place(graph.nodes[at])
+            uses.sort(key=partial(_is_at, place))
         self._ends = sorted(_dead_ends(graph, plan, set(self._uses)))
         self._one_position: dict[Use, tuple[Family, Outer, Tensor]] = {}
         self._kept: dict[Family, dict[Use, PerSample]] = {}
@@ -127,16 +130,30 @@ class Recorder:
         if grads[0] is None:
             return
         node = self._graph.nodes[at]
-        for family, use in self._uses[at]:
+        visits = list(self._uses[at])
+        while visits:
+            family, use = visits.pop(0)
             operand = Operand(node, use.place, use.shape, grads, self._layouts[use])
             gradients = by_rule(operand)
-            if gradients is not None:
-                self._take(family, use, gradients)
-            elif self._plan.keeps_graph:  # inside a backward pass a node hands on what it must
+            if gradients is None:  # inside a backward pass a node hands on only what it must
+                if not self._plan.keeps_graph:
+                    raise RuntimeError(f"{node.name()}: its rule fitted a few samples, not a batch")
                 self._waiting.append((family, use, operand))
                 self.had_to_wait = True
+            elif len(visits) == 1 and self._take_both(family, use, gradients, *visits[0]):
+                return
             else:
-                raise RuntimeError(f"{node.name()}: its rule fitted a few samples, but not a batch")
+                self._take(family, use, gradients)
+
+    def _take_both(
+        self, family: Family, use: Use, gradients: PerSample, other: Family, bias: Use
+    ) -> bool:
+        """Take a weight's gradients and the bias's in one reading; return whether that was done."""
+        if family.way != "apart" or other.way != "apart" or self._several:
+            return False
+        if bias_place(self._graph.nodes[use.node]) != bias.place or len(bias.shape) != 1:
+            return False
+        return gradients.add_squares_with_bias(self._total(family, use), self._total(other, bias))
 
     @torch.no_grad()
     def _take(self, family: Family, use: Use, gradients: PerSample) -> None:
@@ -195,6 +212,10 @@ class Recorder:
                 pulled = stem.pull(self._graph, operand, self._params)
                 for name, gradient in zip(stem.names, pulled, strict=True):
                     gradients[name][n].add_(gradient)
+
+
+def _is_at(place: int | None, pair: tuple[Family, Use]) -> bool:
+    return pair[1].place == place
 
 
 def _dead_ends(graph: Graph, plan: Plan, uses: set[int]) -> set[Edge]:
