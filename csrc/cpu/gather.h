@@ -8,22 +8,40 @@ namespace {
 
 constexpr int kSquare = 8;  // the side of the blocks that are transposed in registers
 
-constexpr int kRun = 16;
-template <class C>
-inline __attribute__((always_inline)) void copy_short_run(C* out, const C* in) {
-  __builtin_memcpy(out, in, kRun * sizeof(C));  // of constant size: no call
+// A run of constant length: no call, no loop.
+template <int kLength, class C>
+inline __attribute__((always_inline)) void copy(C* out, const C* in) {
+  __builtin_memcpy(out, in, kLength * sizeof(C));
 }
-template <class C, class T>
-inline __attribute__((always_inline)) void copy_short_run(C* __restrict out,
-                                                          const T* __restrict in) {
-  for (int lane = 0; lane < kRun; ++lane) out[lane] = load(in[lane]);
+template <int kLength, class C, class T>
+inline __attribute__((always_inline)) void copy(C* __restrict out, const T* __restrict in) {
+  for (int lane = 0; lane < kLength; ++lane) out[lane] = load(in[lane]);
 }
+
+template <int kLength, class C, class T>
+void copy_runs(C* out, std::int64_t out_stride, const T* in, const std::int64_t* row_offsets,
+               std::int64_t rows) {
+  for (std::int64_t r = 0; r < rows; ++r) copy<kLength>(out + r * out_stride, in + row_offsets[r]);
+}
+
+// out[r][i] = in[row_offsets[r] + i]
 template <class C, class T>
-inline __attribute__((always_inline)) void copy_run(C* __restrict out, const T* __restrict in,
-                                                    std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + kRun <= n; i += kRun) copy_short_run(out + i, in + i);
-  for (; i < n; ++i) out[i] = load(in[i]);
+void copy_runs(C* out, std::int64_t out_stride, const T* in, const std::int64_t* row_offsets,
+               std::int64_t rows, std::int64_t length) {
+  // The widths of panels at the vector levels.
+  if (length == 32) return copy_runs<32>(out, out_stride, in, row_offsets, rows);
+  if (length == 16) return copy_runs<16>(out, out_stride, in, row_offsets, rows);
+  if (length == 12) return copy_runs<12>(out, out_stride, in, row_offsets, rows);
+  if (length == 8) return copy_runs<8>(out, out_stride, in, row_offsets, rows);
+  if (length == 6) return copy_runs<6>(out, out_stride, in, row_offsets, rows);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const T* from = in + row_offsets[r];
+    C* to = out + r * out_stride;
+    std::int64_t i = 0;
+    for (; i + 16 <= length; i += 16) copy<16>(to + i, from + i);
+    for (; i + 4 <= length; i += 4) copy<4>(to + i, from + i);
+    for (; i < length; ++i) to[i] = load(from[i]);
+  }
 }
 
 #if defined(__has_builtin)
@@ -89,15 +107,14 @@ void gather(void* out_, std::int64_t out_stride, std::int64_t width, const void*
   if (columns < width)
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t c = columns; c < width; ++c) out[r * out_stride + c] = 0;
-  constexpr std::int64_t kLongRun = 8;
+  constexpr std::int64_t kLongRun = 4;
   std::int64_t begin = 0;
   while (begin < columns) {
     std::int64_t end = begin + 1;
     while (end < columns && column_offsets[end] == column_offsets[end - 1] + 1) ++end;
     if (end - begin >= kLongRun) {
-      for (std::int64_t r = 0; r < rows; ++r)
-        copy_run(out + r * out_stride + begin, in + row_offsets[r] + column_offsets[begin],
-                 end - begin);
+      copy_runs(out + begin, out_stride, in + column_offsets[begin], row_offsets, rows,
+                end - begin);
       begin = end;
       continue;
     }
