@@ -12,6 +12,8 @@ namespace {
 constexpr std::int64_t kDepth = 768;
 // Products that one thread packs at a time.
 constexpr std::int64_t kPackedAtOnce = 64;
+// Blocks packed between two meetings of the threads; they stay in a cache that the cores share.
+constexpr std::int64_t kPackedBytes = 4 << 20;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kOneThreadBelow = 2e6;
 constexpr std::int64_t kMaxTile = 12 * 32;
@@ -75,29 +77,35 @@ class Product {
         blocks_(one_position_ ? make_blocks(1, samples, false)
                               : make_blocks(samples, grads.positions.size(), true)),
         depth_(blocks_.front().groups.count * blocks_.front().groups.depth),
-        packed_grads_(rows_.padded() * depth_),
-        packed_inputs_(columns_.padded() * depth_),
+        at_once_(std::clamp<std::int64_t>(kPackedBytes / std::int64_t(sizeof(T)) /
+                                              (depth_ * (rows_.padded() + columns_.padded())),
+                                          1, blocks_.size())),
+        packed_grads_(at_once_ * rows_.padded() * depth_),
+        packed_inputs_(at_once_ * columns_.padded() * depth_),
         carried_(carries() ? tiles() * kernels.rows * kernels.columns[kIndex] : 0),
         carried_bias_(carries() ? rows_.padded() : 0) {}
 
   void run(int threads) {
     const std::int64_t parts = (depth_ + kPackedAtOnce - 1) / kPackedAtOnce;
     const std::int64_t share = std::clamp<std::int64_t>(tiles() / (32 * threads), 1, 16);
+    const std::int64_t count = blocks_.size();
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (const Block& block : blocks_) {  // both loops end in a barrier
+    for (std::int64_t first = 0; first < count; first += at_once_) {  // loops end in barriers
+      const std::int64_t now = std::min(at_once_, count - first);
 #pragma omp for schedule(dynamic)
-      for (std::int64_t part = 0; part < 2 * parts; ++part) {
-        if (part < parts)
-          pack(block, inputs_, columns_, part * kPackedAtOnce, packed_inputs_.data());
+      for (std::int64_t task = 0; task < now * 2 * parts; ++task) {
+        const std::int64_t slot = task / (2 * parts), part = task / 2 % parts;
+        const Block& block = blocks_[first + slot];
+        if (task % 2 == 0)
+          pack(block, inputs_, columns_, part * kPackedAtOnce, packed_inputs(slot));
         else
-          pack(block, grads_, rows_, (part - parts) * kPackedAtOnce, packed_grads_.data());
+          pack(block, grads_, rows_, part * kPackedAtOnce, packed_grads(slot));
       }
-#pragma omp for schedule(dynamic, share)
-      for (std::int64_t tile = 0; tile < tiles(); ++tile) {
-        const std::int64_t row_panel = tile / tile_columns(), column_panel = tile % tile_columns();
-        if (column_panel == 0 && totals_.bias != nullptr) add_bias(block, row_panel);
-        if (column_panel < columns_.count()) add_tile(block, row_panel, column_panel);
-      }
+#pragma omp for schedule(dynamic)
+      for (std::int64_t begin = 0; begin < tiles(); begin += share)
+        for (std::int64_t slot = 0; slot < now; ++slot)  // in order for each tile
+          for (std::int64_t tile = begin; tile < std::min(begin + share, tiles()); ++tile)
+            add_tile_and_bias(blocks_[first + slot], slot, tile);
     }
   }
 
@@ -108,6 +116,13 @@ class Product {
   std::int64_t tile_columns() const { return std::max<std::int64_t>(columns_.count(), 1); }
   std::int64_t tiles() const { return rows_.count() * tile_columns(); }
   bool carries() const { return blocks_.front().carry_out; }
+
+  T* packed_grads(std::int64_t slot) const {
+    return packed_grads_.data() + slot * rows_.padded() * depth_;
+  }
+  T* packed_inputs(std::int64_t slot) const {
+    return packed_inputs_.data() + slot * columns_.padded() * depth_;
+  }
 
   // Copies some consecutive products of a block into all panels, in one pass over the factor.
   void pack(const Block& block, const Factor& factor, const Panels& panels, std::int64_t first,
@@ -134,10 +149,16 @@ class Product {
     }
   }
 
-  void add_bias(const Block& block, std::int64_t panel) const {
+  void add_tile_and_bias(const Block& block, std::int64_t slot, std::int64_t tile) const {
+    const std::int64_t row_panel = tile / tile_columns(), column_panel = tile % tile_columns();
+    if (column_panel == 0 && totals_.bias != nullptr) add_bias(block, slot, row_panel);
+    if (column_panel < columns_.count()) add_tile(block, slot, row_panel, column_panel);
+  }
+
+  void add_bias(const Block& block, std::int64_t slot, std::int64_t panel) const {
     T sums[kMaxTile] = {};
     kernels_.bias_tile[kIndex](static_cast<int>(rows_.width(panel)),
-                               packed_grads_.data() + rows_.begin(panel) * depth_, block.groups,
+                               packed_grads(slot) + rows_.begin(panel) * depth_, block.groups,
                                carried_bias_.data() + rows_.begin(panel), block.carry_in,
                                block.carry_out, sums);
     T* bias = static_cast<T*>(totals_.bias) + rows_.begin(panel) * totals_.bias_stride;
@@ -145,7 +166,8 @@ class Product {
       bias[row * totals_.bias_stride] += sums[row];
   }
 
-  void add_tile(const Block& block, std::int64_t row_panel, std::int64_t column_panel) const {
+  void add_tile(const Block& block, std::int64_t slot, std::int64_t row_panel,
+                std::int64_t column_panel) const {
     const std::int64_t rows = rows_.valid(row_panel), columns = columns_.valid(column_panel);
     const std::int64_t width = columns_.width(column_panel);
     T* total = static_cast<T*>(totals_.total) + rows_.begin(row_panel) * totals_.row_stride +
@@ -159,10 +181,10 @@ class Product {
     alignas(64) T sums[kMaxTile];
     std::fill(sums, sums + rows_.width(row_panel) * width, T(0));
     kernels_.tile[kIndex](static_cast<int>(rows_.width(row_panel)), static_cast<int>(width),
-                          packed_grads_.data() + rows_.begin(row_panel) * depth_,
-                          packed_inputs_.data() + columns_.begin(column_panel) * depth_,
-                          block.groups, block.carry_in ? carried : nullptr,
-                          block.carry_out ? carried : nullptr, sums);
+                          packed_grads(slot) + rows_.begin(row_panel) * depth_,
+                          packed_inputs(slot) + columns_.begin(column_panel) * depth_, block.groups,
+                          block.carry_in ? carried : nullptr, block.carry_out ? carried : nullptr,
+                          sums);
     if (block.carry_out) return;
     kernels_.add_block[kIndex](total, totals_.row_stride, sums, width, rows, columns);
   }
@@ -173,7 +195,8 @@ class Product {
   const bool one_position_;
   const Panels rows_, columns_;
   const std::vector<Block> blocks_;
-  const std::int64_t depth_;  // of a panel's memory
+  const std::int64_t depth_;    // of a panel's memory
+  const std::int64_t at_once_;  // blocks
   const Buffer<T> packed_grads_, packed_inputs_, carried_, carried_bias_;
 };
 
