@@ -55,9 +55,10 @@ std::vector<Block> make_blocks(std::int64_t count, std::int64_t depth, bool squa
       blocks.push_back({group, 0, {std::min(most, count - group), depth, squared}, false, false});
     return blocks;
   }
+  const std::int64_t pieces = (depth + kDepth - 1) / kDepth, each = (depth + pieces - 1) / pieces;
   for (std::int64_t group = 0; group < count; ++group)
-    for (std::int64_t begin = 0; begin < depth; begin += kDepth) {
-      const std::int64_t length = std::min(kDepth, depth - begin);
+    for (std::int64_t begin = 0; begin < depth; begin += each) {
+      const std::int64_t length = std::min(each, depth - begin);
       blocks.push_back({group,
                         begin,
                         {1, length, squared},
