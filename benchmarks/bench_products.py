@@ -80,7 +80,7 @@ CONVOLUTIONS = (
 
 def suite(quick: bool) -> Result:
     """Measure all layers, or two."""
-    result, seconds = Result(), 0.3 if quick else 3.0
+    result, seconds = Result(), 0.3 if quick else 2.0
     for layer in LINEAR[:1] if quick else LINEAR:
         result.add(str(layer), measure(linear_providers(layer), seconds=seconds), (GRADIENT,))
     for case in CONVOLUTIONS[-1:] if quick else CONVOLUTIONS:

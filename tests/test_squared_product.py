@@ -200,6 +200,8 @@ def product_results(threads: int) -> list[Tensor]:
         (300, 1, 130, 120),
         (9, 100, 61, 200),
         (2, 900, 50, 70),
+        (40, 20, 60, 70),
+        (60, 30, 47, 33),
     ):
         total, bias_total = torch.zeros(rows, columns), torch.zeros(rows)
         grads, inputs = random(samples, positions, rows), random(samples, positions, columns)
@@ -223,7 +225,7 @@ def product_results(threads: int) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("threads", [2, 3, 4, 7])
 def test_results_are_the_same_bits_for_any_number_of_threads(threads):
     for one, several in zip(product_results(1), product_results(threads), strict=True):
         assert torch.equal(one, several)

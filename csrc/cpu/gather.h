@@ -8,22 +8,40 @@ namespace {
 
 constexpr int kSquare = 8;  // the side of the blocks that are transposed in registers
 
-constexpr int kRun = 16;
-template <class C>
-inline __attribute__((always_inline)) void copy_short_run(C* out, const C* in) {
-  __builtin_memcpy(out, in, kRun * sizeof(C));  // of constant size: no call
+// A run of constant length: no call, no loop.
+template <int kLength, class C>
+inline __attribute__((always_inline)) void copy(C* out, const C* in) {
+  __builtin_memcpy(out, in, kLength * sizeof(C));
 }
-template <class C, class T>
-inline __attribute__((always_inline)) void copy_short_run(C* __restrict out,
-                                                          const T* __restrict in) {
-  for (int lane = 0; lane < kRun; ++lane) out[lane] = load(in[lane]);
+template <int kLength, class C, class T>
+inline __attribute__((always_inline)) void copy(C* __restrict out, const T* __restrict in) {
+  for (int lane = 0; lane < kLength; ++lane) out[lane] = load(in[lane]);
 }
+
+template <int kLength, class C, class T>
+void copy_runs(C* out, std::int64_t out_stride, const T* in, const std::int64_t* row_offsets,
+               std::int64_t rows) {
+  for (std::int64_t r = 0; r < rows; ++r) copy<kLength>(out + r * out_stride, in + row_offsets[r]);
+}
+
+// out[r][i] = in[row_offsets[r] + i]
 template <class C, class T>
-inline __attribute__((always_inline)) void copy_run(C* __restrict out, const T* __restrict in,
-                                                    std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + kRun <= n; i += kRun) copy_short_run(out + i, in + i);
-  for (; i < n; ++i) out[i] = load(in[i]);
+void copy_runs(C* out, std::int64_t out_stride, const T* in, const std::int64_t* row_offsets,
+               std::int64_t rows, std::int64_t length) {
+  // The widths of panels at the vector levels.
+  if (length == 32) return copy_runs<32>(out, out_stride, in, row_offsets, rows);
+  if (length == 16) return copy_runs<16>(out, out_stride, in, row_offsets, rows);
+  if (length == 12) return copy_runs<12>(out, out_stride, in, row_offsets, rows);
+  if (length == 8) return copy_runs<8>(out, out_stride, in, row_offsets, rows);
+  if (length == 6) return copy_runs<6>(out, out_stride, in, row_offsets, rows);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const T* from = in + row_offsets[r];
+    C* to = out + r * out_stride;
+    std::int64_t i = 0;
+    for (; i + 16 <= length; i += 16) copy<16>(to + i, from + i);
+    for (; i + 4 <= length; i += 4) copy<4>(to + i, from + i);
+    for (; i < length; ++i) to[i] = load(from[i]);
+  }
 }
 
 #if defined(__has_builtin)
@@ -33,7 +51,8 @@ inline __attribute__((always_inline)) void copy_run(C* __restrict out, const T* 
 #endif
 
 // out[r][c] = in[column_offsets[c] + r] for 8 x 8 numbers, whose rows are contiguous in memory.
-template <class C, class T>
+// Only the first kStored columns are stored.
+template <int kStored, class C, class T>
 inline __attribute__((always_inline)) void transpose(C* __restrict out, std::int64_t out_stride,
                                                      const T* in,
                                                      const std::int64_t* column_offsets) {
@@ -63,10 +82,10 @@ inline __attribute__((always_inline)) void transpose(C* __restrict out, std::int
     y[c + 4] = __builtin_shufflevector(x[c], x[c + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) __builtin_memcpy(out + r * out_stride, &y[r], sizeof(V));
+  for (int r = 0; r < 8; ++r) __builtin_memcpy(out + r * out_stride, &y[r], kStored * sizeof(C));
 #else
   for (int r = 0; r < kSquare; ++r)
-    for (int c = 0; c < kSquare; ++c) out[r * out_stride + c] = load(in[column_offsets[c] + r]);
+    for (int c = 0; c < kStored; ++c) out[r * out_stride + c] = load(in[column_offsets[c] + r]);
 #endif
 }
 
@@ -76,9 +95,26 @@ inline bool consecutive(const std::int64_t* offsets, std::int64_t n) {
   return true;
 }
 
-// out[r][c] = in[row_offsets[r] + column_offsets[c]], and zeros from the last column up to `width`.
-// Runs of consecutive columns are copied; where instead rows are consecutive, blocks are
-// transposed.
+// out[r][c] = in[row_offsets[r] + column_offsets[c]] for kStored columns.
+template <int kStored, class C, class T>
+void gather_columns(C* out, std::int64_t out_stride, const T* in, const std::int64_t* row_offsets,
+                    std::int64_t rows, const std::int64_t* column_offsets) {
+  std::int64_t r = 0;
+  while (r < rows) {
+    C* to = out + r * out_stride;
+    if (r + kSquare <= rows && consecutive(row_offsets + r, kSquare)) {
+      transpose<kStored>(to, out_stride, in + row_offsets[r], column_offsets);
+      r += kSquare;
+      continue;
+    }
+    for (int c = 0; c < kStored; ++c) to[c] = load(in[row_offsets[r] + column_offsets[c]]);
+    ++r;
+  }
+}
+
+// out[r][c] = in[row_offsets[r] + column_offsets[c]]. Columns from the last one up to `width`,
+// which nobody reads, get zeros or repetitions. Runs of consecutive columns are copied; where
+// instead rows are consecutive, blocks are transposed.
 template <class T>
 void gather(void* out_, std::int64_t out_stride, std::int64_t width, const void* in_,
             const std::int64_t* row_offsets, std::int64_t rows, const std::int64_t* column_offsets,
@@ -86,36 +122,36 @@ void gather(void* out_, std::int64_t out_stride, std::int64_t width, const void*
   using C = decltype(load(T{}));
   C* __restrict out = static_cast<C*>(out_);
   const T* in = static_cast<const T*>(in_);
-  if (columns < width)
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t c = columns; c < width; ++c) out[r * out_stride + c] = 0;
-  constexpr std::int64_t kLongRun = 8;
+  constexpr std::int64_t kLongRun = 4;
   std::int64_t begin = 0;
   while (begin < columns) {
     std::int64_t end = begin + 1;
     while (end < columns && column_offsets[end] == column_offsets[end - 1] + 1) ++end;
     if (end - begin >= kLongRun) {
-      for (std::int64_t r = 0; r < rows; ++r)
-        copy_run(out + r * out_stride + begin, in + row_offsets[r] + column_offsets[begin],
-                 end - begin);
+      copy_runs(out + begin, out_stride, in + column_offsets[begin], row_offsets, rows,
+                end - begin);
       begin = end;
       continue;
     }
-    end = begin + kSquare < columns ? begin + kSquare : columns;
-    std::int64_t r = 0;
-    while (r < rows) {
-      if (end - begin == kSquare && r + kSquare <= rows && consecutive(row_offsets + r, kSquare)) {
-        transpose(out + r * out_stride + begin, out_stride, in + row_offsets[r],
-                  column_offsets + begin);
-        r += kSquare;
-        continue;
-      }
-      for (std::int64_t c = begin; c < end; ++c)
-        out[r * out_stride + c] = load(in[row_offsets[r] + column_offsets[c]]);
-      ++r;
-    }
-    begin = end;
+    std::int64_t offsets[kSquare];  // the last column again where there are no more
+    for (int c = 0; c < kSquare; ++c)
+      offsets[c] = column_offsets[begin + c < columns ? begin + c : columns - 1];
+    const std::int64_t room = width - begin;
+    const auto some = [&](auto* columns_of_one_size, std::int64_t count) {
+      columns_of_one_size(out + begin, out_stride, in, row_offsets, rows, offsets);
+      begin += count;
+    };
+    if (room >= 8)
+      some(gather_columns<8, C, T>, 8);
+    else if (room >= 4)
+      some(gather_columns<4, C, T>, 4);
+    else if (room >= 2)
+      some(gather_columns<2, C, T>, 2);
+    else
+      some(gather_columns<1, C, T>, 1);
   }
+  for (std::int64_t r = 0; begin < width && r < rows; ++r)
+    for (std::int64_t c = begin; c < width; ++c) out[r * out_stride + c] = 0;
 }
 
 }  // namespace

@@ -127,12 +127,13 @@ void bias_tile(int rows, const void* g_, const Groups& groups, void* carried_, b
       for (std::int64_t d = 0; d < groups.depth; ++d, g += rows)
         for (int r = 0; r < rows; ++r) acc[r] += g[r];
     }
-    for (int r = 0; r < rows; ++r) {
-      if (carry_out)
-        carried[r] = acc[r];
-      else
-        sums[r] += groups.squared ? acc[r] * acc[r] : acc[r];
-    }
+    // Plain statements, so that compilers fuse multiply and add alike for every number of rows.
+    if (carry_out)
+      for (int r = 0; r < rows; ++r) carried[r] = acc[r];
+    else if (groups.squared)
+      for (int r = 0; r < rows; ++r) sums[r] += acc[r] * acc[r];
+    else
+      for (int r = 0; r < rows; ++r) sums[r] += acc[r];
   }
 }
 
