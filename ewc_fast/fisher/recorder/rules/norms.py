@@ -11,7 +11,8 @@ def layer_norm(use: Operand) -> PerSample | None:
     if use.place == 2:
         return use.reduced(use.grad)
     node = use.node
-    return use.reduced((node._saved_input - node._saved_result1) * node._saved_result2 * use.grad)
+    normal = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
+    return use.reduced(normal.mul_(use.grad))
 
 
 def group_norm(use: Operand) -> PerSample | None:
@@ -21,7 +22,7 @@ def group_norm(use: Operand) -> PerSample | None:
     node = use.node
     grouped = node._saved_input.reshape(*node._saved_result1.shape, -1)
     normal = (grouped - node._saved_result1.unsqueeze(-1)) * node._saved_result2.unsqueeze(-1)
-    return use.per_channel(normal.view(use.grad.shape) * use.grad)
+    return use.per_channel(normal.view(use.grad.shape).mul_(use.grad))
 
 
 def batch_norm(use: Operand) -> PerSample | None:
@@ -33,7 +34,7 @@ def batch_norm(use: Operand) -> PerSample | None:
         return None
     mean = node._saved_running_mean.view(-1, *behind)
     scale = (node._saved_running_var + node._saved_eps).rsqrt().view(-1, *behind)
-    return use.per_channel((node._saved_input - mean) * scale * use.grad)
+    return use.per_channel((node._saved_input - mean).mul_(scale).mul_(use.grad))
 
 
 def rms_norm(use: Operand) -> PerSample | None:
