@@ -61,6 +61,13 @@ def accumulate_squared_product_(
     _checks.squared_product(total, grads, inputs, bias_total)
     total, grads, inputs = total.detach(), grads.detach(), inputs.detach()
     bias_total = None if bias_total is None else bias_total.detach()
+    add_squared_product_(total, grads, inputs, bias_total, impl)
+
+
+def add_squared_product_(
+    total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None, impl: Impl = "auto"
+) -> None:
+    """Do the work of :func:`accumulate_squared_product_`, on detached operands that fit."""
     if _implementation(impl, "accumulate_squared_product_", total) == "reference":
         samples = _samples_at_once(REFERENCE_BYTES, total)
         for g, a in zip(grads.split(samples), inputs.split(samples), strict=True):

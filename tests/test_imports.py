@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "products": {"_engine", "_checks", "_dispatch", "_native", "reference"},
     "functional": {"products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "_springs": {"functional", "_checks", "_dispatch", "_native"},
-    "fisher": {"functional", "_checks"},
+    "fisher": {"functional", "products", "_checks"},
     "ewc": {"fisher", "functional", "_springs", "_checks", "_dispatch"},
     "optim": {"ewc", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "functional"},

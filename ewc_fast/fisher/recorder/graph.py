@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-LEAF = "torch::autograd::AccumulateGrad"
 Edge = tuple[int, int]  # a node's place in Graph.nodes, and which of its outputs
 
 
@@ -25,7 +25,7 @@ class Graph:
         self.nodes: list[Any] = []
         self.edges: list[tuple[Edge | None, ...]] = []
         self.names: dict[int, str] = {}  # of the parameters: nodes without edges
-        kinds: list[str] = []
+        kinds: list[type] = []
         by_id = {id(param): name for name, param in params.items()}
         places: dict[Any, int | None] = {None: None}  # None: leads to no parameter
         stack: list[tuple[Any, Any]] = [(outputs.grad_fn, None)]
@@ -42,8 +42,7 @@ class Graph:
                     continue
             links = [(places[child], output) for child, output in functions]
             leads_on = any(place is not None for place, _ in links)
-            kind = node.name()
-            name = by_id.get(id(node.variable)) if kind == LEAF else None
+            name = None if functions else by_id.get(id(getattr(node, "variable", None)))
             if name is None and not leads_on:
                 places[node] = None
                 continue
@@ -52,7 +51,7 @@ class Graph:
                 self.names[at] = name
             self.nodes.append(node)
             self.edges.append(tuple(None if link[0] is None else link for link in links))  # type: ignore[misc]
-            kinds.append(kind)
+            kinds.append(type(node))
         root = places[outputs.grad_fn]
         self.root: Edge | None = None if root is None else (root, outputs.output_nr)
         described = self.root, tuple(kinds), tuple(self.edges), tuple(self.names.items())
@@ -93,5 +92,10 @@ def _coarsest(dtypes: list[torch.dtype | None]) -> torch.dtype | None:
 
 def kind_of(node: Any) -> str:
     """Return the name of a node's operation, without version numbers."""
-    name: str = node.name()
-    return name.rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")
+    of: type = type(node)
+    return _kind(of)
+
+
+@cache
+def _kind(node_type: type) -> str:
+    return node_type.__name__.rstrip("0123456789").removesuffix("Backward")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ewc_fast import functional
+from ewc_fast import functional, products
 from ewc_fast._checks import state_dtype
 
 
@@ -103,7 +103,7 @@ class Outer:
         rows, columns = self.left, self.right
         if _is_transposed(total):
             total, rows, columns = total.t(), columns, rows
-        functional.accumulate_squared_product_(total, rows, columns, bias_total=bias_total)
+        products.add_squared_product_(total, rows, columns, bias_total)
 
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of some samples."""

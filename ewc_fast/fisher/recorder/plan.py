@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.recorder.graph import Edge, Graph
+from ewc_fast.fisher.recorder.graph import Edge, Graph, kind_of
 from ewc_fast.fisher.recorder.layouts import Found, Regular, infer
+from ewc_fast.fisher.recorder.rules import BIAS_PLACES
 from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views, shape_at
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
 
@@ -29,6 +31,7 @@ class Use:
     stem: Stem
     shape: torch.Size  # of the operand
     layout: Regular | None
+    is_bias: bool
     traced: bool  # the layout need not hold in another batch, and is looked up in each
 
 
@@ -50,9 +53,13 @@ class Plan:
     slow: dict[str, str] = field(default_factory=dict)  # parameters it can't record, and why
     unused: set[str] = field(default_factory=set)
     keeps_graph: bool = True  # operations without a rule run their own backward pass later
+    _ends: list[Edge] | None = None
 
     def distrust(self, name: str, reason: str) -> None:
         """Take a parameter the slow way, and those whose squares are taken together with it."""
+        for cached in ("visits", "traced"):
+            self.__dict__.pop(cached, None)
+        self._ends = None
         self.slow[name] = reason
         for family in [family for family in self.families if name in family.names]:
             self.families.remove(family)
@@ -64,9 +71,25 @@ class Plan:
         recorded = {name: RECORDED for family in self.families for name in family.names}
         return {**dict.fromkeys(sorted(self.unused), NO_GRADIENT), **recorded, **self.slow}
 
-    def traced(self) -> set[int]:
-        """Return the nodes whose samples must be looked up in each batch."""
-        return {use.node for family in self.families for use in family.uses if use.traced}
+    @cached_property
+    def visits(self) -> dict[int, list[tuple[Family, Use]]]:
+        """The uses at each node, that of a bias last."""
+        found: dict[int, list[tuple[Family, Use]]] = {}
+        for family in self.families:
+            for use in family.uses:
+                found.setdefault(use.node, []).append((family, use))
+        return {at: sorted(uses, key=lambda visit: visit[1].is_bias) for at, uses in found.items()}
+
+    @cached_property
+    def traced(self) -> list[Use]:
+        """The uses whose samples must be looked up in each batch."""
+        return [use for family in self.families for use in family.uses if use.traced]
+
+    def ends(self, graph: Graph) -> list[Edge]:
+        """Return where gradients are caught: there is no use behind, so nothing need run there."""
+        if self._ends is None:
+            self._ends = sorted(_dead_ends(graph, self))
+        return self._ends
 
 
 def make_plan(
@@ -151,7 +174,8 @@ def _use(
     after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
     shape = shape_at(graph, stem.edge)
-    return Use(at, place, stem, shape, regular, after_selection or regular is None)
+    is_bias = place == BIAS_PLACES.get(kind_of(graph.nodes[at])) and len(shape) == 1
+    return Use(at, place, stem, shape, regular, is_bias, after_selection or regular is None)
 
 
 def _families(uses: list[Use]) -> list[Family]:
@@ -194,3 +218,20 @@ def _disjoint(stems: list[Stem], param: Tensor) -> bool:
     for stem in stems[:255]:
         stem.view(times).add_(1)
     return len(stems) < 255 and bool((times <= 1).all())
+
+
+def _dead_ends(graph: Graph, plan: Plan) -> set[Edge]:
+    """Return where gradients are caught: nothing behind has a use, so nothing behind need run."""
+    uses = set(plan.visits)
+    stems = {use.stem.edge for family in plan.families for use in family.uses}
+    needed, goes_on = set(uses), set[int]()
+    for at, links in enumerate(graph.edges):  # operands come before their users
+        on_samples = [link for link in links if link is not None and link not in stems]
+        if any(link in plan.dormant or link[0] in needed for link in on_samples):
+            goes_on.add(at)
+            needed.add(at)
+    last = uses - goes_on
+    into = {link for links in graph.edges for link in links if link is not None and link[0] in last}
+    if graph.root is not None and graph.root[0] in last:
+        into.add(graph.root)
+    return into | set(plan.dormant)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
-from ewc_fast.fisher.recorder.graph import Edge, Graph
+from ewc_fast.fisher.recorder.graph import Graph, kind_of
 from ewc_fast.fisher.recorder.layouts import Layout
 from ewc_fast.fisher.recorder.per_sample import Outer, PerSample, joined
 from ewc_fast.fisher.recorder.plan import Family, Plan, Use
-from ewc_fast.fisher.recorder.rules import Operand, bias_place, by_its_own_backward, by_rule
+from ewc_fast.fisher.recorder.rules import Operand, by_its_own_backward, by_rule
 from ewc_fast.fisher.recorder.stems import shape_at, zeros_at
 from ewc_fast.fisher.recorder.tracing import trace
 
@@ -41,15 +41,6 @@ class Recorder:
         self._params, self._sums = params, sums
         self.unresolved: set[str] = set()  # parameters whose squares could not be taken
         self._layouts = self._find_layouts()
-        self._uses: dict[int, list[tuple[Family, Use]]] = {}
-        for family in plan.families:
-            if self.unresolved.isdisjoint(family.names):
-                for use in family.uses:
-                    self._uses.setdefault(use.node, []).append((family, use))
-        for at, uses in self._uses.items():  # a bias comes last
-            place = bias_place(graph.nodes[at])
-            uses.sort(key=partial(_is_at, place))
-        self._ends = sorted(_dead_ends(graph, plan, set(self._uses)))
         self._one_position: dict[Use, tuple[Family, Outer, Tensor]] = {}
         self._kept: dict[Family, dict[Use, PerSample]] = {}
         self._pulled: dict[Family, Tensor] = {}
@@ -98,17 +89,23 @@ class Recorder:
                     self.unresolved.update(family.names)
                 else:
                     found[use] = layout
+        if self.unresolved:
+            for family in self._plan.families:
+                if not self.unresolved.isdisjoint(family.names):
+                    for use in family.uses:
+                        found.pop(use, None)
         return found
 
     @torch.no_grad()
     def _backward(self, vector: Tensor, last: bool) -> None:
         """Run one pass; gradients are taken where they arrive, or are caught at the ends."""
         nodes = self._graph.nodes
-        hooks = [nodes[at].register_prehook(partial(self._arrive, at)) for at in self._uses]
+        ends = self._plan.ends(self._graph)
+        hooks = [nodes[at].register_prehook(partial(self._arrive, at)) for at in self._plan.visits]
         try:
             caught = torch.autograd.grad(
                 self._outputs,
-                [self._graph.gradient_edge(edge) for edge in self._ends],
+                [self._graph.gradient_edge(edge) for edge in ends],
                 vector,
                 retain_graph=self._plan.keeps_graph or not last,
                 allow_unused=True,
@@ -117,7 +114,7 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
         at_ends: dict[int, dict[int, Tensor | None]] = {}
-        for edge, grad in zip(self._ends, caught, strict=True):
+        for edge, grad in zip(ends, caught, strict=True):
             if edge not in self._plan.dormant:
                 at_ends.setdefault(edge[0], {})[edge[1]] = grad
             elif grad is not None and grad.any():
@@ -130,9 +127,10 @@ class Recorder:
         if grads[0] is None:
             return
         node = self._graph.nodes[at]
-        visits = list(self._uses[at])
-        while visits:
-            family, use = visits.pop(0)
+        visits = self._plan.visits[at]
+        for number, (family, use) in enumerate(visits, 1):
+            if use not in self._layouts:
+                continue
             operand = Operand(node, use.place, use.shape, grads, self._layouts[use])
             gradients = by_rule(operand)
             if gradients is None:  # inside a backward pass a node hands on only what it must
@@ -140,7 +138,7 @@ class Recorder:
                     raise RuntimeError(f"{node.name()}: its rule fitted a few samples, not a batch")
                 self._waiting.append((family, use, operand))
                 self.had_to_wait = True
-            elif len(visits) == 1 and self._take_both(family, use, gradients, *visits[0]):
+            elif number < len(visits) and self._take_both(family, use, gradients, *visits[number]):
                 return
             else:
                 self._take(family, use, gradients)
@@ -151,7 +149,10 @@ class Recorder:
         """Take a weight's gradients and the bias's in one reading; return whether that was done."""
         if family.way != "apart" or other.way != "apart" or self._several:
             return False
-        if bias_place(self._graph.nodes[use.node]) != bias.place or len(bias.shape) != 1:
+        if not bias.is_bias or bias not in self._layouts:
+            return False
+        node = self._graph.nodes[use.node]
+        if kind_of(node) == "Addmm" and not node._saved_alpha == node._saved_beta == 1:
             return False
         return gradients.add_squares_with_bias(self._total(family, use), self._total(other, bias))
 
@@ -212,23 +213,3 @@ class Recorder:
                 pulled = stem.pull(self._graph, operand, self._params)
                 for name, gradient in zip(stem.names, pulled, strict=True):
                     gradients[name][n].add_(gradient)
-
-
-def _is_at(place: int | None, pair: tuple[Family, Use]) -> bool:
-    return pair[1].place == place
-
-
-def _dead_ends(graph: Graph, plan: Plan, uses: set[int]) -> set[Edge]:
-    """Return where gradients are caught: nothing behind has a use, so nothing behind need run."""
-    stems = {use.stem.edge for family in plan.families for use in family.uses}
-    needed, goes_on = set(uses), set[int]()
-    for at, links in enumerate(graph.edges):  # operands come before their users
-        on_samples = [link for link in links if link is not None and link not in stems]
-        if any(link in plan.dormant or link[0] in needed for link in on_samples):
-            goes_on.add(at)
-            needed.add(at)
-    last = uses - goes_on
-    into = {link for links in graph.edges for link in links if link is not None and link[0] in last}
-    if graph.root is not None and graph.root[0] in last:
-        into.add(graph.root)
-    return into | set(plan.dormant)

@@ -18,7 +18,7 @@ def trace(graph: Graph, outputs: Tensor, plan: Plan) -> dict[Use, Layout]:
     Costs one backward pass for the gradients as they are, and one for each digit to base 16 of the
     samples' numbers.
     """
-    uses = [use for family in plan.families for use in family.uses if use.traced]
+    uses = plan.traced
     if not uses:
         return {}
     edges = [graph.gradient_edge((use.node, 0)) for use in uses]

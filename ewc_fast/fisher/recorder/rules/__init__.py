@@ -8,7 +8,6 @@ backward pass is all it needs. Where no rule fits, the operation's own backward 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ewc_fast.fisher.recorder.graph import kind_of
 from ewc_fast.fisher.recorder.per_sample import PerSample
@@ -16,7 +15,7 @@ from ewc_fast.fisher.recorder.rules import convolution, elementwise, norms, prod
 from ewc_fast.fisher.recorder.rules.operand import Operand
 from ewc_fast.fisher.recorder.rules.own_backward import by_its_own_backward
 
-__all__ = ["RULES", "Operand", "bias_place", "by_its_own_backward", "by_rule"]
+__all__ = ["BIAS_PLACES", "RULES", "Operand", "by_its_own_backward", "by_rule"]
 
 Rule = Callable[[Operand], PerSample | None]
 
@@ -42,15 +41,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Which operand's gradient is the sum of the result's over its positions.
+BIAS_PLACES = {"Addmm": 0, "Convolution": 2}
+
+
 def by_rule(use: Operand) -> PerSample | None:
     """Return the gradients of a use, or ``None`` if no rule fits it."""
     rule = RULES.get(kind_of(use.node))
     return None if rule is None else rule(use)
-
-
-def bias_place(node: Any) -> int | None:
-    """Return which operand's gradient is the sum of the result's, unscaled, if one is."""
-    kind = kind_of(node)
-    if kind == "Addmm":
-        return 0 if node._saved_alpha == node._saved_beta == 1 else None
-    return {"Convolution": 2, "NativeLayerNorm": 2}.get(kind)

@@ -56,9 +56,10 @@ class Operand:
             for d, place in enumerate(places)
             if d != self.dim and full[d] == 1 and unreduced.shape[d] != 1
         ]
-        dims = [*summed, self.dim + 1, self.dim + 2]
-        dtype = state_dtype(values.dtype)
-        return Dense(values.sum(dims, dtype=dtype).reshape(len(values), *self.shape))
+        summed += [d for d in (self.dim + 1, self.dim + 2) if values.shape[d] != 1]
+        if summed:
+            values = values.sum(summed, dtype=state_dtype(values.dtype))
+        return Dense(values.reshape(len(values), *self.shape))
 
     def per_channel(self, unreduced: Tensor) -> PerSample | None:
         """Sum a gradient of the result's shape (samples, channels, ...) to the channels'."""
