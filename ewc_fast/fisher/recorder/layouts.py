@@ -118,6 +118,7 @@ def infer(gradient: Tensor, scaled: Tensor, scales: Tensor) -> Found:
     ``"zero"``: nothing to see. ``"irregular"``: each index of some dimension belongs to one sample,
     in no order that could be foretold. ``"mixed"``: several samples contribute to one entry.
     """
+    gradient, scaled = _real(gradient), _real(scaled)
     if not scaled.any():
         return "zero"
     for layout in _candidates(gradient.shape, len(scales)):
@@ -128,6 +129,7 @@ def infer(gradient: Tensor, scaled: Tensor, scales: Tensor) -> Found:
 
 def labels(gradient: Tensor, scaled: list[Tensor], scales: Tensor) -> tuple[Tensor, int] | None:
     """Return the sample of each index of a dimension, and which dimension; or ``None``."""
+    gradient, scaled = _real(gradient), [_real(again) for again in scaled]
     for dim in range(gradient.dim()):
         found = _labels(gradient.movedim(dim, 0), [s.movedim(dim, 0) for s in scaled], scales)
         if found is not None:
@@ -173,6 +175,11 @@ def _candidates(shape: torch.Size, samples: int) -> list[Regular]:
                 between = [b for b in range(2, rest) if rest % b == 0]
                 found += [Regular(dim, samples, (b, rest // b)) for b in between]
     return sorted(found, key=lambda layout: shape[layout.dim] != samples)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs, in a last dimension."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -114,9 +114,21 @@ def make_plan(
         plan.distrust(name, "one of its uses had no gradient when it was looked at")
     for name in sorted(lost):
         plan.distrust(name, "its samples could not be told apart")
+    for name in sorted(_meets_complex_numbers(graph, plan)):
+        plan.distrust(name, "it enters an operation on complex numbers")
     for family in plan.families:
         family.way = _way(family, graph, params)
     return plan
+
+
+def _meets_complex_numbers(graph: Graph, plan: Plan) -> set[str]:
+    """Return parameters that the rules, which are about real numbers, do not concern."""
+    found: set[str] = set()
+    for family in plan.families:
+        nodes = {use.node for use in family.uses} | {use.stem.edge[0] for use in family.uses}
+        if any(like.dtype.is_complex for at in nodes for like in graph.nodes[at]._input_metadata):
+            found.update(family.names)
+    return found
 
 
 def _layouts(graph: Graph, outputs: Tensor, edges: list[Edge]) -> dict[Edge, Found]:
