@@ -36,7 +36,7 @@ class Dense:
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
         if total.is_contiguous() and total.numel() > 0:
-            functional.accumulate_square_(total, self.values.contiguous())
+            functional.accumulate_square_(total, _beside(total, self.values).contiguous())
         else:
             total.add_(self.values.to(total.dtype).square().sum(0))
 
@@ -79,10 +79,11 @@ class Outer:
 
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares, by one product a sample or one for all."""
+        left, right = _beside(total, self.left), _beside(total, self.right)
         if total.stride(1) != 1 and total.stride(0) == 1:
-            products.accumulate_squared_product_(total.t(), self.right, self.left)
+            products.accumulate_squared_product_(total.t(), right, left)
         else:
-            products.accumulate_squared_product_(total, self.left, self.right)
+            products.accumulate_squared_product_(total, left, right)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Return the gradients of some samples."""
@@ -180,7 +181,7 @@ class Convolution:
         if self.grads.shape[1] != 1:
             _square_in_chunks(self, total)
             return
-        grads, inputs = self.grads[:, 0], self.inputs[:, 0]
+        grads, inputs = (_beside(total, t[:, 0]) for t in (self.grads, self.inputs))
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
             grads, inputs = inputs, grads
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
@@ -217,6 +218,11 @@ class OneByOne:
         """Return the gradients of some samples."""
         found = torch.stack([self.gradient_of(n) for n in range(start, stop)])
         return found.to(state_dtype(found.dtype))
+
+
+def _beside(total: Tensor, operand: Tensor) -> Tensor:
+    """Return an operand fit for sums in the total's dtype: models may compute in another."""
+    return operand if state_dtype(operand.dtype) == total.dtype else operand.to(total.dtype)
 
 
 def _square_in_chunks(gradients: Convolution, total: Tensor) -> None:
