@@ -75,22 +75,33 @@ def _verify(
     plan.keeps_graph = recorder.had_to_wait
     largest = {name: _largest(values) for name, values in left.items()}
     for n in range(batch.size):
-        alone = forward(batch.samples(n, n + 1))
+        alone = _alone(forward, batch.samples(n, n + 1))
         _check_apart(outputs[n : n + 1], alone)
         grads = torch.autograd.grad(alone, [*params.values()], vector[n : n + 1], allow_unused=True)
         for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
                 values.sub_(grad.to(values.dtype).square())
     coarsest = graph.coarsest_dtypes()
-    most = max(largest.values())
+    most = max(filter(math.isfinite, largest.values()), default=0.0)
     for name, values in left.items():
         epsilon = torch.finfo(coarsest.get(name, params[name].dtype)).eps
         # A gradient that is 0 by cancellation keeps roundings of its terms, squared.
         cancelled = (CANCELLED * epsilon) ** 2 * most
         difference = _largest(values)
         allowed = _tolerance(epsilon) * max(largest[name], difference) + cancelled
-        if (name in recorder.unresolved or difference > allowed) and name not in plan.slow:
+        right = difference <= allowed  # false for NaN
+        if (name in recorder.unresolved or not right) and name not in plan.slow:
             plan.distrust(name, "its recorded squares differed from single samples'")
+
+
+def _alone(forward: Forward, sample: Batch) -> Tensor:
+    try:
+        return forward(sample)
+    except ValueError as error:  # batch norm's own, of which the model's author knows nothing
+        raise ValueError(
+            "model: runs on three samples, but not on one of them alone, so a sample has no "
+            f"gradient of its own (batch statistics?): {error}"
+        ) from error
 
 
 def _check_apart(together: Tensor, alone: Tensor) -> None:
