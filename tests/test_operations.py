@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import LAYERS, PACKED
-from models import FEATURES, POSITIONS, sequences
+from models import FEATURES, POSITIONS, each_model, sequences
 from operations import (
     CALLED_FOR_EACH_SAMPLE,
     CONVOLUTIONS,
@@ -105,6 +105,12 @@ def test_the_fisher_is_the_definition_and_every_parameter_is_recorded(name, ways
     assert not found.report.slow
     slowest = max(ways, key=WAYS.index)
     assert WAYS.index(slowest) <= WAYS.index(operation.way), slowest
+
+
+@each_model()
+def test_every_parameter_of_the_models_of_the_tests_is_recorded(case):
+    model = case.make()
+    assert not fisher_diagonal(model, case.data(5, 4)).report.slow
 
 
 @pytest.mark.parametrize("name", CALLED_FOR_EACH_SAMPLE)
