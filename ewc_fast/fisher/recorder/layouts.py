@@ -64,10 +64,14 @@ class Regular:
         lengths = self.lengths(tensor.shape[self.dim])
         return tensor.unflatten(self.dim, lengths).movedim(self.dim + 1, 0)
 
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of a dimension of some size."""
+        lengths = self.lengths(size)
+        return torch.arange(self.samples, device=device).view(-1, 1).expand(lengths).reshape(-1)
+
     def explains(self, gradient: Tensor, scaled: Tensor, scales: Tensor) -> bool:
         """Whether each entry was scaled as its sample here was."""
-        before, samples, after = self.lengths(gradient.shape[self.dim])
-        scale = scales.view(samples, 1).expand(before, samples, after).reshape(-1)
+        scale = scales[self.owners(gradient.shape[self.dim], scales.device)]
         behind = gradient.dim() - self.dim - 1
         expected = gradient * scale.view(-1, *[1] * behind).to(gradient)
         return torch.equal(expected, scaled) or _agree(expected, scaled)

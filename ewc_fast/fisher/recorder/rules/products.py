@@ -54,13 +54,24 @@ def baddbmm(use: Operand) -> PerSample | None:
     return _bmm(use, use.node._saved_batch1, use.node._saved_batch2, grad, use.place - 1)
 
 
+def _mv(use: Operand, matrix: Tensor, grad: Tensor) -> PerSample:
+    rows, columns = use.rows(matrix), use.rows(grad.unsqueeze(1))
+    dtype = state_dtype(rows.dtype)
+    return Dense((rows.to(dtype) * columns.to(dtype)).sum(1))
+
+
 def mv(use: Operand) -> PerSample | None:
     """Z = A b."""
+    return _mv(use, use.node._saved_self, use.grad) if use.place == 1 else None
+
+
+def addmv(use: Operand) -> PerSample | None:
+    """Z = beta c + alpha A b."""
+    if use.place == 0:
+        return use.reduced(times(use.grad, use.node._saved_beta))
     if use.place == 1:
-        rows, grad = use.rows(use.node._saved_self), use.rows(use.grad.unsqueeze(1))
-        dtype = state_dtype(rows.dtype)
-        return Dense((rows.to(dtype) * grad.to(dtype)).sum(1))
-    return None
+        return None
+    return _mv(use, use.node._saved_mat, times(use.grad, use.node._saved_alpha))
 
 
 def trilinear(use: Operand) -> PerSample | None:
