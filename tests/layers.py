@@ -101,7 +101,7 @@ BROADCASTS = {
     ),
     "maximum": of(lambda m, x: torch.maximum(x, m.w), OWN_BACKWARD, w=C),
     "minimum": of(lambda m, x: torch.minimum(m.w, x), OWN_BACKWARD, w=C),
-    "clamp": of(lambda m, x: x.clamp(min=m.w), SAMPLE_BY_SAMPLE, w=C),
+    "clamp": of(lambda m, x: x.clamp(min=m.w), OWN_BACKWARD, w=C),
     "atan2": of(lambda m, x: torch.atan2(x, m.w), OWN_BACKWARD, w=C),
     "hypot": of(lambda m, x: torch.hypot(x, m.w), OWN_BACKWARD, w=C),
     "copysign": of(lambda m, x: torch.copysign(m.w, x), OWN_BACKWARD, w=C),
@@ -113,8 +113,8 @@ BROADCASTS = {
     "repeat": of(lambda m, x: torch.cat([m.w.repeat(len(x), 1, 1), x], 1), inputs=sequences,
                  w=(1, 1, FEATURES)),
     "repeat_interleave": of(
-        lambda m, x: torch.cat([m.w.repeat_interleave(len(x), 0), x], 1), SAMPLE_BY_SAMPLE,
-        sequences, w=(1, 1, FEATURES),
+        lambda m, x: torch.cat([m.w.repeat_interleave(len(x), 0), x], 1),
+        inputs=sequences, w=(1, 1, FEATURES),
     ),
     "tile_over_samples_and_positions": of(
         lambda m, x: x + m.w.tile(len(x), POSITIONS, 1), SAMPLE_BY_SAMPLE, sequences,
@@ -127,8 +127,8 @@ BROADCASTS = {
         lambda m, x: torch.zeros(len(x), 2, FEATURES).index_fill(1, torch.tensor(0), 1.0)
         .slice_scatter(m.w.expand(len(x), 1, -1), 1, 1, 2) * x[:, None], w=C,
     ),
-    "prelu": layer(nn.PReLU, features, SAMPLE_BY_SAMPLE),
-    "prelu_for_each_channel": layer(lambda: nn.PReLU(2), images(2, 3), SAMPLE_BY_SAMPLE),
+    "prelu": layer(nn.PReLU, features, OWN_BACKWARD),
+    "prelu_for_each_channel": layer(lambda: nn.PReLU(2), images(2, 3), OWN_BACKWARD),
     "prelu_by_hand": of(lambda m, x: x.relu() + m.w * x.clamp(max=0), w=C),
     "softplus_of_a_temperature": of(lambda m, x: x / F.softplus(m.w), OWN_BACKWARD, w=()),
     "gate": of(lambda m, x: x.tanh() * m.w.tanh() + x, w=()),

@@ -156,7 +156,7 @@ PRODUCTS = {
                                  w=(FEATURES, FEATURES)),
     "mv": of(lambda m, x: torch.mv(x, m.w)[:, None], w=(FEATURES,)),
     "addmv": of(lambda m, x: torch.addmv(m.b, x, m.w, alpha=2.0)[:, None],
-                SAMPLE_BY_SAMPLE, w=(FEATURES,), b=(1,)),
+                w=(FEATURES,), b=(1,)),
     "outer": of(lambda m, x: torch.outer(x[:, 0], m.w), w=B),
     "tensordot": of(
         lambda m, x: torch.tensordot(x, m.w, dims=([1, 2], [0, 1])),
@@ -230,9 +230,9 @@ def bags(mode: str, weights: bool = False, **options: Any) -> Operation:
     if weights:
         return Operation(
             lambda m, x, w: m.body(x, per_sample_weights=w), lambda: {"body": make()},
-            lambda n: (repeated_tokens(n), torch.randn(n, POSITIONS)), SAMPLE_BY_SAMPLE,
+            lambda n: (repeated_tokens(n), torch.randn(n, POSITIONS)),
         )  # fmt: skip
-    return layer(make, repeated_tokens, SAMPLE_BY_SAMPLE)
+    return layer(make, repeated_tokens, SAMPLE_BY_SAMPLE if mode == "max" else RULE)
 
 
 TABLE = (WORDS, OUT)
@@ -267,7 +267,7 @@ TABLES = {
     ),
     "index_select": of(
         lambda m, x: m.w.index_select(0, x.flatten()).unflatten(0, x.shape),
-        SAMPLE_BY_SAMPLE, repeated_tokens, w=TABLE,
+        inputs=repeated_tokens, w=TABLE,
     ),
     "gather": of(
         lambda m, x: m.w.expand(len(x), -1).gather(1, x), inputs=repeated_tokens, w=(WORDS,)
@@ -280,7 +280,18 @@ TABLES = {
     "embedding_bag_per_sample_weights": bags("sum", weights=True),
     "embedding_bag_offsets": Operation(
         lambda m, x: m.body(x.flatten(), torch.arange(0, x.numel(), POSITIONS)),
-        lambda: {"body": nn.EmbeddingBag(WORDS, OUT)}, repeated_tokens, SAMPLE_BY_SAMPLE,
+        lambda: {"body": nn.EmbeddingBag(WORDS, OUT)}, repeated_tokens,
+    ),
+    "embedding_bag_of_different_lengths": Operation(
+        lambda m, x, lengths: m.body(
+            torch.cat([row[:k] for row, k in zip(x, lengths, strict=True)]),
+            lengths.cumsum(0) - lengths),
+        lambda: {"body": nn.EmbeddingBag(WORDS, OUT, mode="mean")},
+        lambda n: (repeated_tokens(n), torch.tensor([2, 0, 4, 1])[:n]),
+    ),
+    "embedding_bag_of_positions": Operation(
+        lambda m, x: m.body(x.unfold(1, 2, 1).flatten(0, 1)).view(len(x), -1),
+        lambda: {"body": nn.EmbeddingBag(WORDS, OUT, mode="sum")}, repeated_tokens,
     ),
     "custom_function": of(lambda m, x: TimesWeight.apply(x, m.w), SAMPLE_BY_SAMPLE,
                           w=(FEATURES, OUT)),

@@ -20,8 +20,10 @@ from operations import (
     SAMPLE_BY_SAMPLE,
     TABLES,
     WAYS,
+    WORDS,
     layer,
     of,
+    repeated_tokens,
 )
 from torch import Tensor, nn
 
@@ -149,3 +151,12 @@ def test_parameters_of_complex_operations_are_right(name):
     operation = COMPLEX[name]
     model, data = operation.model(), operation.data(4, 3)
     oracle.assert_fisher(fisher_diagonal(model, data), model, data)
+
+
+def test_gradients_scaled_by_frequency_in_the_batch_take_the_slow_way():
+    """A sample's own gradient is scaled by the frequency in that sample."""
+    operation = layer(lambda: nn.Embedding(WORDS, OUT, scale_grad_by_freq=True), repeated_tokens)
+    model, data = operation.model(), operation.data(4, 3)
+    found = fisher_diagonal(model, data)
+    oracle.assert_fisher(found, model, data)
+    assert found.report.slow.keys() == {"body.weight"}
