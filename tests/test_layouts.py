@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.recorder.layouts import LABELS_A_PASS, Ragged, Regular, digits, infer, labels
+from ewc_fast.fisher.recorder.layouts import (
+    LABELS_A_PASS,
+    Ragged,
+    Regular,
+    digits,
+    infer,
+    labels,
+    scaled_by_sample,
+)
 
 POWERS = torch.exp2(torch.arange(LABELS_A_PASS, dtype=torch.float64))
 
@@ -52,7 +60,7 @@ def test_a_regular_layout_brings_each_samples_entries_to_the_front(shape, layout
 @each_layout
 def test_a_layout_is_inferred_from_a_gradient_and_itself_scaled(shape, layout):
     gradient, scales = torch.randn(shape), POWERS[:3]
-    assert infer(gradient, gradient * scales[owned(layout, shape)].float(), scales) == layout
+    assert infer(gradient, [gradient * scales[owned(layout, shape)].float()], [scales]) == layout
 
 
 @each_layout
@@ -71,39 +79,51 @@ def test_a_layout_does_not_fit_where_the_lengths_differ_or_the_dimension_is_miss
     assert not Regular(1, 4, "major").fits(torch.Size((4,)))
 
 
+@pytest.mark.parametrize("samples", [16, 17, 40, 300])
+@pytest.mark.parametrize("within", ["major", "minor", (2, 3)], ids=str)
+def test_a_layout_of_many_samples_is_inferred_digit_by_digit(samples, within):
+    layout = Regular(1, samples, within)
+    vector = torch.ones(samples, dtype=torch.float64)
+    each, scales = scaled_by_sample(vector)
+    assert [torch.equal(scaled, scale) for scaled, scale in zip(each, scales, strict=True)]
+    gradient = torch.randn(2, 6 * samples)
+    owner = owned(layout, tuple(gradient.shape))
+    assert infer(gradient, [gradient * s[owner].float() for s in scales], scales) == layout
+
+
 def test_gradients_with_zeros_are_told_apart_by_what_is_not_zero():
     gradient = torch.randn(6, 4)
     gradient[1] = gradient[:, 2] = 0
     scales = POWERS[:3]
     scaled = gradient * scales[owned(Regular(0, 3, "minor"), (6, 4))].float()
-    assert infer(gradient, scaled, scales) == Regular(0, 3, "minor")
+    assert infer(gradient, [scaled], [scales]) == Regular(0, 3, "minor")
 
 
 def test_a_gradient_of_zeros_tells_nothing():
-    assert infer(torch.zeros(6, 4), torch.zeros(6, 4), POWERS[:3]) == "zero"
+    assert infer(torch.zeros(6, 4), [torch.zeros(6, 4)], [POWERS[:3]]) == "zero"
 
 
 def test_rows_in_no_order_are_irregular_and_sums_over_samples_are_mixed():
     rows, owner = torch.randn(5, 4), torch.tensor([2, 0, 0, 1, 2])
-    assert infer(rows, rows * POWERS[owner, None].float(), POWERS[:3]) == "irregular"
+    assert infer(rows, [rows * POWERS[owner, None].float()], [POWERS[:3]]) == "irregular"
     parts = torch.randn(3, 5, 4)
     total = (parts * POWERS[:3, None, None].float()).sum(0)
-    assert infer(parts.sum(0), total, POWERS[:3]) == "mixed"
+    assert infer(parts.sum(0), [total], [POWERS[:3]]) == "mixed"
 
 
 def test_one_entry_of_two_samples_makes_a_gradient_mixed():
     rows, owner = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
     scaled = rows * POWERS[owner, None].float()
     scaled[3, 1] = rows[3, 1] * 3  # between the powers of samples 1 and 2
-    assert infer(rows, scaled, POWERS[:3]) == "mixed"
+    assert infer(rows, [scaled], [POWERS[:3]]) == "mixed"
 
 
 def test_complex_gradients_have_layouts_too():
     gradient = torch.randn(6, 4, dtype=torch.complex64)
     scales = POWERS[:3]
     scaled = gradient * scales[owned(Regular(0, 3, "minor"), (6, 4))].float()
-    assert infer(gradient, scaled, scales) == Regular(0, 3, "minor")
-    assert infer(gradient, gradient[:, :1] + scaled, scales) == "mixed"
+    assert infer(gradient, [scaled], [scales]) == Regular(0, 3, "minor")
+    assert infer(gradient, [gradient[:, :1] + scaled], [scales]) == "mixed"
 
 
 @pytest.mark.parametrize("samples", [1, 2, 15, 16, 17, 40, 256, 257, 5000])

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from models import CLASSES, FEATURES, each_model, features, head, mlp, sequences
+from models import CLASSES, FEATURES, Net, each_model, features, head, mlp, sequences
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import same
@@ -83,6 +83,15 @@ def test_a_parameter_that_takes_the_slow_way_costs_one_call_a_sample(sizes, monk
     assert len(found.report.slow) == 6
     assert called[:4] == TRIAL
     assert called[4:] == [4, 1, 1, 1, 1, 2, 1, 1]
+
+
+def test_graphs_of_their_own_are_recorded_in_one_call_a_batch(sizes):
+    """Of a graph that a batch's first samples don't have, these are tried once."""
+    model, called = sizes
+    net = Net(lambda m, x: m.net(x if len(x) < 4 else x.flip(1).flip(1)), net=model)
+    found = fisher_diagonal(net, batches(8, 5, 3, 9))
+    assert not found.report.slow
+    assert called == [*TRIAL, 8, 5, 3, 9]
 
 
 def test_exact_needs_one_product_a_layer_for_all_classes(monkeypatch):

@@ -115,7 +115,7 @@ def test_a_parameter_that_is_squared_together_with_a_wrong_one_goes_with_it(monk
 
 
 def test_a_wrong_layout_is_found_out_and_the_result_is_right(monkeypatch):
-    def wrong(gradient: Tensor, scaled: Tensor, scales: Tensor) -> planning.Found:
+    def wrong(gradient: Tensor, scaled: list[Tensor], scales: list[Tensor]) -> planning.Found:
         found = right(gradient, scaled, scales)
         rows = isinstance(found, Regular) and found.within == "major" and len(gradient) == 12
         return Regular(0, 3, "minor") if rows else found
@@ -128,6 +128,20 @@ def test_a_wrong_layout_is_found_out_and_the_result_is_right(monkeypatch):
     found = fisher_diagonal(model, data)
     oracle.assert_fisher(found, model, data)
     assert found.report.slow == dict.fromkeys(("body.weight", "body.bias"), DIFFERED)
+
+
+def test_operations_that_were_not_held_to_single_samples_are_not_recorded(monkeypatch):
+    """Large batches enter products that the first samples do not."""
+    monkeypatch.setitem(RULES, "Mm", lambda use: Dense(torch.ones(len(use.grad), *use.shape)))
+    zero = torch.zeros(6)
+    model = Net(
+        lambda m, x: m.head(torch.addmm(zero.to(x), x, m.w) if len(x) < 5 else x @ m.w),
+        w=nn.Parameter(torch.randn(FEATURES, 6)), head=head(),
+    )  # fmt: skip
+    data = batches(4, 6, 5)
+    found = fisher_diagonal(model, data)
+    oracle.assert_fisher(found, model, data)
+    assert found.report.slow == {"w": "its operations change from batch to batch"}
 
 
 def test_without_verification_rules_are_believed(monkeypatch):

@@ -7,6 +7,7 @@ every entry that belongs to one sample scales by exactly that power, whatever wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -116,22 +117,36 @@ class Ragged:
 Found = Regular | Literal["zero", "irregular", "mixed"]
 
 
-def infer(gradient: Tensor, scaled: Tensor, scales: Tensor) -> Found:
-    """Return the layout of a gradient, given it again with every sample scaled by its own power.
+def infer(gradient: Tensor, scaled: Sequence[Tensor], scales: Sequence[Tensor]) -> Found:
+    """Return the layout of a gradient, given it again with every sample scaled by its own powers.
 
     ``"zero"``: nothing to see. ``"irregular"``: each index of some dimension belongs to one sample,
     in no order that could be foretold. ``"mixed"``: several samples contribute to one entry.
     """
-    gradient, scaled = _real(gradient), _real(scaled)
-    if not scaled.any():
+    gradient, scaled = _real(gradient), [_real(again) for again in scaled]
+    if not any(again.any() for again in scaled):
         return "zero"
-    for layout in _candidates(gradient.shape, len(scales)):
-        if layout.explains(gradient, scaled, scales):
+    pairs = list(zip(scaled, scales, strict=True))
+    for layout in _candidates(gradient.shape, len(scales[0])):
+        if all(layout.explains(gradient, again, scale) for again, scale in pairs):
             return layout
-    return "mixed" if labels(gradient, [scaled], scales) is None else "irregular"
+    powers = powers_of_two(gradient.device)
+    return "mixed" if labels(gradient, scaled, powers) is None else "irregular"
 
 
-def labels(gradient: Tensor, scaled: list[Tensor], scales: Tensor) -> tuple[Tensor, int] | None:
+def powers_of_two(device: torch.device) -> Tensor:
+    """Return the power for each digit."""
+    return torch.exp2(torch.arange(LABELS_A_PASS, dtype=torch.float64)).to(device)
+
+
+def scaled_by_sample(vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each digit of the samples' numbers a vector so scaled, and the scales."""
+    powers = powers_of_two(vector.device)
+    scales = [powers[digit.to(vector.device)] for digit in digits(len(vector))]
+    return [(vector.movedim(0, -1) * s.to(vector)).movedim(-1, 0) for s in scales], scales
+
+
+def labels(gradient: Tensor, scaled: Sequence[Tensor], scales: Tensor) -> tuple[Tensor, int] | None:
     """Return the sample of each index of a dimension, and which dimension; or ``None``."""
     gradient, scaled = _real(gradient), [_real(again) for again in scaled]
     for dim in range(gradient.dim()):

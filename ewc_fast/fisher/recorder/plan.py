@@ -8,16 +8,18 @@ parameters alone. A plan holds for every batch whose graph has the same signatur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.recorder.graph import Edge, Graph
-from ewc_fast.fisher.recorder.layouts import Found, Regular, infer
-from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views
+from ewc_fast.fisher.recorder.graph import Edge, Graph, kind_of
+from ewc_fast.fisher.recorder.layouts import Found, Regular, infer, scaled_by_sample
+from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views, shape_at
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
+
+Kind = tuple[str, int, int]  # an operation, the operand's place, and its number of dimensions
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Use:
     stem: Stem
     layout: Regular | None
     traced: bool  # the layout need not hold in another batch, and is looked up in each
+    kind: Kind
 
 
 @dataclass(eq=False)
@@ -63,9 +66,18 @@ class Plan:
         recorded = {name: RECORDED for family in self.families for name in family.names}
         return {**dict.fromkeys(sorted(self.unused), NO_GRADIENT), **recorded, **self.slow}
 
-    def traced(self) -> set[int]:
-        """Return the nodes whose samples must be looked up in each batch."""
-        return {use.node for family in self.families for use in family.uses if use.traced}
+    @property
+    def kinds(self) -> set[Kind]:
+        """The kinds of uses that are recorded."""
+        return {use.kind for family in self.families for use in family.uses}
+
+    def keep_to(self, kinds: Set[Kind], slow: Mapping[str, str]) -> None:
+        """Distrust uses of other kinds, and parameters that were found slow before."""
+        for family in list(self.families):
+            if not {use.kind for use in family.uses} <= kinds:
+                self.distrust(family.names[0], "its operations change from batch to batch")
+        for name, reason in slow.items():
+            self.distrust(name, reason)
 
 
 def make_plan(
@@ -135,18 +147,18 @@ def _layouts(graph: Graph, outputs: Tensor, edges: list[Edge]) -> dict[Edge, Fou
     """Return the layout of the gradients on some edges, and of the outputs."""
     probe = torch.Generator().manual_seed(0)
     vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
-    scales = torch.exp2(torch.arange(len(outputs), dtype=torch.float64)).to(outputs.device)
-    scaled = (vector.movedim(0, -1) * scales.to(vector)).movedim(-1, 0)
+    scaled, scales = scaled_by_sample(vector)
     assert graph.root is not None
     found: dict[Edge, Found] = {graph.root: Regular(0, len(outputs), "major")}
     if edges:
         wanted = [graph.gradient_edge(edge) for edge in edges]
-        first, second = (
+        plain, *again = (
             torch.autograd.grad(outputs, wanted, v, retain_graph=True, allow_unused=True)
-            for v in (vector, scaled)
+            for v in (vector, *scaled)
         )
-        for edge, g, h in zip(edges, first, second, strict=True):
-            found[edge] = "zero" if g is None or h is None else infer(g, h, scales)
+        for edge, g, *others in zip(edges, plain, *again, strict=True):
+            known = [h for h in others if h is not None]
+            found[edge] = "zero" if g is None else infer(g, known, scales)
     return found
 
 
@@ -161,7 +173,8 @@ def _use(
     layout = next((found for edge, found in layouts.items() if edge[0] == at), None)
     after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
-    return Use(at, place, stem, regular, after_selection or regular is None)
+    kind = (kind_of(graph.nodes[at]), place, len(shape_at(graph, stem.edge)))
+    return Use(at, place, stem, regular, after_selection or regular is None, kind)
 
 
 def _families(uses: list[Use]) -> list[Family]:

@@ -31,9 +31,9 @@ def watched(
     return outputs, Graph(outputs, params), watch
 
 
-def key_of(graph: Graph, watch: Watch) -> Key:
+def key_of(graph: Graph, selected_from: int | None) -> Key:
     """Return what batches must have in common to share a plan."""
-    return graph.signature, watch.selected_from is None
+    return graph.signature, selected_from is None
 
 
 def try_samples(
@@ -43,11 +43,11 @@ def try_samples(
     few = batch.samples(0, SAMPLES_TRIED)
     outputs, graph, watch = watched(forward, few, params)
     if not outputs.requires_grad:
-        return key_of(graph, watch), Plan(unused=set(params))
+        return key_of(graph, watch.selected_from), Plan(unused=set(params))
     plan = make_plan(graph, outputs, params, watch.selected_from)
     if verify:
         _verify(plan, graph, outputs, forward, few, params)
-    return key_of(graph, watch), plan
+    return key_of(graph, watch.selected_from), plan
 
 
 def zeros_for(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
