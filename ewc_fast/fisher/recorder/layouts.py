@@ -25,6 +25,13 @@ class Layout(Protocol):
     def dim(self) -> int:
         """The dimension that holds them."""
 
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of the dimension, of some size."""
+
     def by_sample(self, tensor: Tensor) -> Tensor:
         """Return the tensor with the samples in front and two dimensions in place of theirs."""
 
@@ -96,10 +103,14 @@ class Ragged:
         order = labels.argsort(stable=True)
         starts = counts.cumsum(0) - counts
         places = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
-        self.dim, self._labels = dim, labels
+        self.dim, self.samples, self._labels = dim, samples, labels
         self._shape = (samples, int(counts.max()) if len(labels) else 0)
         self._target = (labels[order], places)
         self._order = order
+
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of the dimension."""
+        return self._labels
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """Return (samples, *dims before, 1, most entries, *dims behind), filled up with zeros."""

@@ -24,6 +24,7 @@ RULES: dict[str, Rule] = {
     "Mm": products.mm,
     "Bmm": products.bmm,
     "Baddbmm": products.baddbmm,
+    "GroupedMm": products.grouped_mm,
     "Mv": products.mv,
     "Addmv": products.addmv,
     "Trilinear": products.trilinear,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ewc_fast._checks import state_dtype
-from ewc_fast.fisher.recorder.layouts import Regular
+from ewc_fast.fisher.recorder.layouts import Ragged, Regular
 from ewc_fast.fisher.recorder.per_sample import Blocks, Dense, Outer, PerSample, Reshaped
 from ewc_fast.fisher.recorder.rules.operand import Operand, times
 
@@ -44,6 +44,22 @@ def _bmm(use: Operand, first: Tensor, second: Tensor, grad: Tensor, place: int) 
 def bmm(use: Operand) -> PerSample | None:
     """Z[b] = A[b] B[b]."""
     return _bmm(use, use.node._saved_self, use.node._saved_mat2, use.grad, use.place)
+
+
+def grouped_mm(use: Operand) -> PerSample | None:
+    """Z[rows of e] = A[rows of e] B[e]: experts, each with the rows that chose it."""
+    node = use.node
+    if use.place != 1 or use.dim != 0 or node._saved_offs is None or len(use.shape) != 3:
+        return None
+    owners, blocks, start = use.layout.owners(len(use.grad), use.grad.device), [], 0
+    for stop in node._saved_offs.tolist():
+        layout = Ragged(owners[start:stop], use.layout.samples, 0)
+        left, right = (
+            layout.by_sample(t[start:stop]).flatten(1, 2) for t in (node._saved_self, use.grad)
+        )
+        blocks.append(Outer(left, right, gradient_is_left=False))
+        start = stop
+    return Blocks(blocks)
 
 
 def baddbmm(use: Operand) -> PerSample | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ewc_fast.fisher.recorder.layouts import Ragged, Regular
+from ewc_fast.fisher.recorder.layouts import Ragged
 from ewc_fast.fisher.recorder.per_sample import PerSample, Rows
 from ewc_fast.fisher.recorder.rules.operand import Operand
 
@@ -35,7 +35,7 @@ def index_select(use: Operand) -> PerSample | None:
 def embedding_bag(use: Operand) -> PerSample | None:
     """Sums or means of bags of rows; bags may differ in length."""
     node, layout = use.node, use.layout
-    if use.place != 0 or not isinstance(layout, Regular) or use.dim != 0:
+    if use.place != 0 or use.dim != 0:
         return None
     if node._saved_mode == MAX or node._saved_scale_grad_by_freq:
         return None
