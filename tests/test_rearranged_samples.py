@@ -19,10 +19,11 @@ from models import (
     routes_to_an_expert,
     sequences,
 )
-from operations import Operation, images
+from operations import Operation, images, parameter
 from torch import Tensor, nn
 
 from ewc_fast import fisher_diagonal
+from ewc_fast.fisher.recorder.rules import own_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,6 +175,30 @@ def with_capacity(m: Net, x: Tensor) -> Tensor:
         sent = expert(chosen) * share[:, :, number, None]
         out = out.scatter_add(1, places.expand(-1, -1, 6), sent)
     return out.mean(1)
+
+
+def grouped(m: Net, x: Tensor) -> Tensor:
+    """Sort positions by the expert they choose: one product for all experts."""
+    rows = x.flatten(0, 1)
+    rows = F.pad(rows, (0, 8 - FEATURES))  # the product wants multiples of 16 bytes
+    share, chosen = m.gate(rows[:, :FEATURES]).softmax(-1).max(-1)
+    order = chosen.argsort(stable=True)
+    ends = torch.bincount(chosen, minlength=3).cumsum(0).to(torch.int32)
+    product = F.grouped_mm(rows[order].float(), m.weights.float(), offs=ends)  # has no float64
+    sent = product.to(x) * share[order, None]
+    return torch.zeros_like(sent).index_copy(0, order, sent).view(len(x), POSITIONS, -1).mean(1)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+@pytest.mark.parametrize("sizes", [(3, 2), (17, 40, 1, 5)], ids=["few", "many"])
+def test_experts_in_one_grouped_product_are_recorded_by_its_rule(sizes, monkeypatch):
+    parts = lambda: {"gate": linear(outputs=3), "weights": parameter(3, 8, 8)}  # noqa: E731
+    operation = Operation(grouped, parts, alike_at_first(sequences))
+    monkeypatch.delattr(own_backward, "one_by_one")
+    model, data = operation.model(), operation.data(*sizes)
+    found = fisher_diagonal(model, data, estimator="empirical")
+    oracle.assert_fisher(found, model, data, estimator="empirical")
+    assert not found.report.slow
 
 
 def experts(run, inputs=sequences) -> Operation:
