@@ -74,6 +74,8 @@ def test_every_parameter_of_every_architecture(name):
 
     found = fisher_diagonal(model, data, forward=scene.forward, **options)
 
+    assert not found.report.slow
+
     assert all(module.training for module in model.modules())
     assert all(param.grad is None for param in model.parameters())
     for key, value in model.state_dict().items():

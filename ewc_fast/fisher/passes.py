@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ewc_fast import functional
 from ewc_fast.fisher.batches import Batch
 from ewc_fast.fisher.recorder.graph import Graph
-from ewc_fast.fisher.recorder.plan import Plan
+from ewc_fast.fisher.recorder.plan import Kind, Plan, make_plan
 from ewc_fast.fisher.recorder.recorder import Recorder
 from ewc_fast.fisher.recorder.trial import Forward, Key, key_of, try_samples, watched, zeros_for
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED, FisherDiagonal, FisherReport
@@ -33,6 +33,7 @@ class Pass:
     ) -> None:
         self._forward, self._params, self._scores, self._verify = forward, params, scores, verify
         self._plans: dict[Key, Plan] = {}
+        self._tried: set[Key] = set()  # graphs of batches whose first samples were tried
         self._sums: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}
         self._batches = 0
@@ -42,7 +43,8 @@ class Pass:
     def add(self, batch: Batch) -> None:
         """Add the squares of every sample of the batch."""
         whole = batch.size == 1 or self._scores.batched
-        if not whole and not self._plans:
+        first = not whole and not self._plans
+        if first:
             self._try(batch)
         self._make_room()
         outputs, graph, watch = watched(self._forward, batch, self._params)
@@ -53,7 +55,9 @@ class Pass:
         if whole:
             self._add_gradients(set(self._params), outputs, vectors)
             return
-        self._record(batch, outputs, graph, vectors, key_of(graph, watch))
+        if first:
+            self._tried.add(key_of(graph, watch.selected_from))
+        self._record(batch, outputs, graph, vectors, watch.selected_from)
 
     def mean(self) -> FisherDiagonal:
         """Return the mean over all samples."""
@@ -68,11 +72,18 @@ class Pass:
         return found
 
     def _record(
-        self, batch: Batch, outputs: Tensor, graph: Graph, vectors: Iterable[Tensor], key: Key
+        self,
+        batch: Batch,
+        outputs: Tensor,
+        graph: Graph,
+        vectors: Iterable[Tensor],
+        selected_from: int | None,
     ) -> None:
-        if key not in self._plans:
+        key = key_of(graph, selected_from)
+        if key not in self._plans and key not in self._tried:
             self._try(batch)
-        plan = self._plans.setdefault(key, self._without_plan())
+            self._tried.add(key)
+        plan = self._plans.get(key) or self._plan_of_its_own(graph, outputs, selected_from)
         recorder = Recorder(graph, plan, outputs, self._params, self._sums)
         if plan.slow or plan.dormant or recorder.unresolved:
             vectors = list(vectors)  # needed again for each sample
@@ -80,7 +91,8 @@ class Pass:
         slow = plan.slow.keys() | recorder.unresolved
         self._note({**plan.ways(), **dict.fromkeys(recorder.unresolved, UNRESOLVED)})
         if recorder.unresolved:
-            del self._plans[key]  # look again at the next batch
+            self._plans.pop(key, None)  # look again at the next batch
+            self._tried.discard(key)
         del outputs, graph, recorder
         for n in range(batch.size) if slow else ():
             sample = self._forward(batch.samples(n, n + 1))
@@ -90,9 +102,18 @@ class Pass:
         key, plan = try_samples(self._forward, batch, self._params, verify=self._verify)
         self._plans[key] = plan
 
-    def _without_plan(self) -> Plan:
-        reason = "its operations depend on the number of samples"
-        return Plan(slow=dict.fromkeys(self._params, reason))
+    def _plan_of_its_own(self, graph: Graph, outputs: Tensor, selected_from: int | None) -> Plan:
+        """Return a plan for a graph that a batch's first samples don't have; it is used once.
+
+        Packed sequences, experts and depths that depend on values make such graphs. Rules that
+        were held to single samples on the first samples' graph are good for this one, too.
+        """
+        plan = make_plan(graph, outputs, self._params, selected_from)
+        if self._verify:
+            kinds = set[Kind]().union(*(tried.kinds for tried in self._plans.values()))
+            slow = {name: why for tried in self._plans.values() for name, why in tried.slow.items()}
+            plan.keep_to(kinds, slow)
+        return plan
 
     def _add_gradients(self, names: set[str], outputs: Tensor, vectors: Iterable[Tensor]) -> None:
         """Add the squares of gradients formed as usual: of one sample, or of a whole batch."""

@@ -7,6 +7,7 @@ every entry that belongs to one sample scales by exactly that power, whatever wa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +24,13 @@ class Layout(Protocol):
     @property
     def dim(self) -> int:
         """The dimension that holds them."""
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of the dimension, of some size."""
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """Return the tensor with the samples in front and two dimensions in place of theirs."""
@@ -64,10 +72,14 @@ class Regular:
         lengths = self.lengths(tensor.shape[self.dim])
         return tensor.unflatten(self.dim, lengths).movedim(self.dim + 1, 0)
 
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of a dimension of some size."""
+        lengths = self.lengths(size)
+        return torch.arange(self.samples, device=device).view(-1, 1).expand(lengths).reshape(-1)
+
     def explains(self, gradient: Tensor, scaled: Tensor, scales: Tensor) -> bool:
         """Whether each entry was scaled as its sample here was."""
-        before, samples, after = self.lengths(gradient.shape[self.dim])
-        scale = scales.view(samples, 1).expand(before, samples, after).reshape(-1)
+        scale = scales[self.owners(gradient.shape[self.dim], scales.device)]
         behind = gradient.dim() - self.dim - 1
         expected = gradient * scale.view(-1, *[1] * behind).to(gradient)
         return torch.equal(expected, scaled) or _agree(expected, scaled)
@@ -91,10 +103,14 @@ class Ragged:
         order = labels.argsort(stable=True)
         starts = counts.cumsum(0) - counts
         places = torch.arange(len(labels), device=labels.device) - starts[labels[order]]
-        self.dim, self._labels = dim, labels
+        self.dim, self.samples, self._labels = dim, samples, labels
         self._shape = (samples, int(counts.max()) if len(labels) else 0)
         self._target = (labels[order], places)
         self._order = order
+
+    def owners(self, size: int, device: torch.device) -> Tensor:
+        """Return the sample of each index of the dimension."""
+        return self._labels
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """Return (samples, *dims before, 1, most entries, *dims behind), filled up with zeros."""
@@ -112,22 +128,38 @@ class Ragged:
 Found = Regular | Literal["zero", "irregular", "mixed"]
 
 
-def infer(gradient: Tensor, scaled: Tensor, scales: Tensor) -> Found:
-    """Return the layout of a gradient, given it again with every sample scaled by its own power.
+def infer(gradient: Tensor, scaled: Sequence[Tensor], scales: Sequence[Tensor]) -> Found:
+    """Return the layout of a gradient, given it again with every sample scaled by its own powers.
 
     ``"zero"``: nothing to see. ``"irregular"``: each index of some dimension belongs to one sample,
     in no order that could be foretold. ``"mixed"``: several samples contribute to one entry.
     """
-    if not scaled.any():
+    gradient, scaled = _real(gradient), [_real(again) for again in scaled]
+    if not any(again.any() for again in scaled):
         return "zero"
-    for layout in _candidates(gradient.shape, len(scales)):
-        if layout.explains(gradient, scaled, scales):
+    pairs = list(zip(scaled, scales, strict=True))
+    for layout in _candidates(gradient.shape, len(scales[0])):
+        if all(layout.explains(gradient, again, scale) for again, scale in pairs):
             return layout
-    return "mixed" if labels(gradient, [scaled], scales) is None else "irregular"
+    powers = powers_of_two(gradient.device)
+    return "mixed" if labels(gradient, scaled, powers) is None else "irregular"
 
 
-def labels(gradient: Tensor, scaled: list[Tensor], scales: Tensor) -> tuple[Tensor, int] | None:
+def powers_of_two(device: torch.device) -> Tensor:
+    """Return the power for each digit."""
+    return torch.exp2(torch.arange(LABELS_A_PASS, dtype=torch.float64)).to(device)
+
+
+def scaled_by_sample(vector: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each digit of the samples' numbers a vector so scaled, and the scales."""
+    powers = powers_of_two(vector.device)
+    scales = [powers[digit.to(vector.device)] for digit in digits(len(vector))]
+    return [(vector.movedim(0, -1) * s.to(vector)).movedim(-1, 0) for s in scales], scales
+
+
+def labels(gradient: Tensor, scaled: Sequence[Tensor], scales: Tensor) -> tuple[Tensor, int] | None:
     """Return the sample of each index of a dimension, and which dimension; or ``None``."""
+    gradient, scaled = _real(gradient), [_real(again) for again in scaled]
     for dim in range(gradient.dim()):
         found = _labels(gradient.movedim(dim, 0), [s.movedim(dim, 0) for s in scaled], scales)
         if found is not None:
@@ -173,6 +205,11 @@ def _candidates(shape: torch.Size, samples: int) -> list[Regular]:
                 between = [b for b in range(2, rest) if rest % b == 0]
                 found += [Regular(dim, samples, (b, rest // b)) for b in between]
     return sorted(found, key=lambda layout: shape[layout.dim] != samples)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs, in a last dimension."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -47,7 +47,7 @@ class Dense(Alone):
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares."""
         if total.is_contiguous() and total.numel() > 0:
-            functional.accumulate_square_(total, self.values.contiguous())
+            functional.accumulate_square_(total, _beside(total, self.values).contiguous())
         else:
             total.add_(self.values.to(total.dtype).square().sum(0))
 
@@ -100,7 +100,7 @@ class Outer:
         return True
 
     def _add(self, total: Tensor, bias_total: Tensor | None) -> None:
-        rows, columns = self.left, self.right
+        rows, columns = _beside(total, self.left), _beside(total, self.right)
         if _is_transposed(total):
             total, rows, columns = total.t(), columns, rows
         products.add_squared_product_(total, rows, columns, bias_total)
@@ -220,7 +220,7 @@ class Convolution:
                 self.add_to(gradient, n)
                 total.add_(gradient[0].square_())
             return
-        grads, inputs = self.grads[:, 0], self.inputs[:, 0]
+        grads, inputs = (_beside(total, t[:, 0]) for t in (self.grads, self.inputs))
         if self.geometry["transposed"]:  # the formula of a convolution from grads to inputs
             grads, inputs = inputs, grads
         geometry = {key: self.geometry[key] for key in ("stride", "padding", "dilation", "groups")}
@@ -256,3 +256,8 @@ class OneByOne(Alone):
         """Add the gradients of some samples."""
         for n, gradient in enumerate(gradients, start):
             gradient.add_(self.gradient_of(n))
+
+
+def _beside(total: Tensor, operand: Tensor) -> Tensor:
+    """Return an operand fit for sums in the total's dtype: models may compute in another."""
+    return operand if state_dtype(operand.dtype) == total.dtype else operand.to(total.dtype)

@@ -8,7 +8,7 @@ parameters alone. A plan holds for every batch whose graph has the same signatur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ewc_fast.fisher.recorder.graph import Edge, Graph, kind_of
-from ewc_fast.fisher.recorder.layouts import Found, Regular, infer
+from ewc_fast.fisher.recorder.layouts import Found, Regular, infer, scaled_by_sample
 from ewc_fast.fisher.recorder.rules import BIAS_PLACES
 from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views, shape_at
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
+
+Kind = tuple[str, int, int]  # an operation, the operand's place, and its number of dimensions
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Use:
     layout: Regular | None
     is_bias: bool
     traced: bool  # the layout need not hold in another batch, and is looked up in each
+    kind: Kind
 
 
 @dataclass(eq=False)
@@ -91,6 +94,19 @@ class Plan:
             self._ends = sorted(_dead_ends(graph, self))
         return self._ends
 
+    @property
+    def kinds(self) -> set[Kind]:
+        """The kinds of uses that are recorded."""
+        return {use.kind for family in self.families for use in family.uses}
+
+    def keep_to(self, kinds: Set[Kind], slow: Mapping[str, str]) -> None:
+        """Distrust uses of other kinds, and parameters that were found slow before."""
+        for family in list(self.families):
+            if not {use.kind for use in family.uses} <= kinds:
+                self.distrust(family.names[0], "its operations change from batch to batch")
+        for name, reason in slow.items():
+            self.distrust(name, reason)
+
 
 def make_plan(
     graph: Graph,
@@ -138,27 +154,39 @@ def make_plan(
         plan.distrust(name, "one of its uses had no gradient when it was looked at")
     for name in sorted(lost):
         plan.distrust(name, "its samples could not be told apart")
+    for name in sorted(_meets_complex_numbers(graph, plan)):
+        plan.distrust(name, "it enters an operation on complex numbers")
     for family in plan.families:
         family.way = _way(family, graph, params)
     return plan
+
+
+def _meets_complex_numbers(graph: Graph, plan: Plan) -> set[str]:
+    """Return parameters that the rules, which are about real numbers, do not concern."""
+    found: set[str] = set()
+    for family in plan.families:
+        nodes = {use.node for use in family.uses} | {use.stem.edge[0] for use in family.uses}
+        if any(like.dtype.is_complex for at in nodes for like in graph.nodes[at]._input_metadata):
+            found.update(family.names)
+    return found
 
 
 def _layouts(graph: Graph, outputs: Tensor, edges: list[Edge]) -> dict[Edge, Found]:
     """Return the layout of the gradients on some edges, and of the outputs."""
     probe = torch.Generator().manual_seed(0)
     vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
-    scales = torch.exp2(torch.arange(len(outputs), dtype=torch.float64)).to(outputs.device)
-    scaled = (vector.movedim(0, -1) * scales.to(vector)).movedim(-1, 0)
+    scaled, scales = scaled_by_sample(vector)
     assert graph.root is not None
     found: dict[Edge, Found] = {graph.root: Regular(0, len(outputs), "major")}
     if edges:
         wanted = [graph.gradient_edge(edge) for edge in edges]
-        first, second = (
+        plain, *again = (
             torch.autograd.grad(outputs, wanted, v, retain_graph=True, allow_unused=True)
-            for v in (vector, scaled)
+            for v in (vector, *scaled)
         )
-        for edge, g, h in zip(edges, first, second, strict=True):
-            found[edge] = "zero" if g is None or h is None else infer(g, h, scales)
+        for edge, g, *others in zip(edges, plain, *again, strict=True):
+            known = [h for h in others if h is not None]
+            found[edge] = "zero" if g is None else infer(g, known, scales)
     return found
 
 
@@ -174,8 +202,9 @@ def _use(
     after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
     shape = shape_at(graph, stem.edge)
-    is_bias = place == BIAS_PLACES.get(kind_of(graph.nodes[at])) and len(shape) == 1
-    return Use(at, place, stem, shape, regular, is_bias, after_selection or regular is None)
+    kind = (kind_of(graph.nodes[at]), place, len(shape))
+    is_bias = place == BIAS_PLACES.get(kind[0]) and len(shape) == 1
+    return Use(at, place, stem, shape, regular, is_bias, after_selection or regular is None, kind)
 
 
 def _families(uses: list[Use]) -> list[Family]:

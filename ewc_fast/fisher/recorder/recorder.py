@@ -99,8 +99,9 @@ class Recorder:
     @torch.no_grad()
     def _backward(self, vector: Tensor, last: bool) -> None:
         """Run one pass; gradients are taken where they arrive, or are caught at the ends."""
-        nodes = self._graph.nodes
-        ends = self._plan.ends(self._graph)
+        nodes, ends = self._graph.nodes, self._plan.ends(self._graph)
+        if not ends:  # every parameter takes the slow way
+            return
         hooks = [nodes[at].register_prehook(partial(self._arrive, at)) for at in self._plan.visits]
         try:
             caught = torch.autograd.grad(

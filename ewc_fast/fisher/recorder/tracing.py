@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ewc_fast.fisher.recorder.graph import Graph
-from ewc_fast.fisher.recorder.layouts import LABELS_A_PASS, Layout, Ragged, digits, labels
+from ewc_fast.fisher.recorder.layouts import (
+    Layout,
+    Ragged,
+    labels,
+    powers_of_two,
+    scaled_by_sample,
+)
 from ewc_fast.fisher.recorder.plan import Plan, Use
 
 
@@ -24,19 +30,16 @@ def trace(graph: Graph, outputs: Tensor, plan: Plan) -> dict[Use, Layout]:
     edges = [graph.gradient_edge((use.node, 0)) for use in uses]
     probe = torch.Generator().manual_seed(1)
     vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
-    powers = torch.exp2(torch.arange(LABELS_A_PASS, dtype=torch.float64)).to(outputs.device)
-    each = [powers[digit.to(outputs.device)] for digit in digits(len(outputs))]
-    vectors = [vector] + [
-        (vector.movedim(0, -1) * scales.to(vector)).movedim(-1, 0) for scales in each
-    ]
+    again, each = scaled_by_sample(vector)
+    powers = powers_of_two(outputs.device)
     plain, *scaled = [
         torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True)
-        for v in vectors
+        for v in (vector, *again)
     ]
     found: dict[Use, Layout] = {}
     for number, use in enumerate(uses):
-        gradient, again = plain[number], [grads[number] for grads in scaled]
-        layout = _layout(use, gradient, again, each, powers)
+        gradient, others = plain[number], [grads[number] for grads in scaled]
+        layout = _layout(use, gradient, others, each, powers)
         if layout is not None:
             found[use] = layout
     return found

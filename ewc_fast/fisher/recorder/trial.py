@@ -31,9 +31,9 @@ def watched(
     return outputs, Graph(outputs, params), watch
 
 
-def key_of(graph: Graph, watch: Watch) -> Key:
+def key_of(graph: Graph, selected_from: int | None) -> Key:
     """Return what batches must have in common to share a plan."""
-    return graph.signature, watch.selected_from is None
+    return graph.signature, selected_from is None
 
 
 def try_samples(
@@ -43,11 +43,11 @@ def try_samples(
     few = batch.samples(0, SAMPLES_TRIED)
     outputs, graph, watch = watched(forward, few, params)
     if not outputs.requires_grad:
-        return key_of(graph, watch), Plan(unused=set(params))
+        return key_of(graph, watch.selected_from), Plan(unused=set(params))
     plan = make_plan(graph, outputs, params, watch.selected_from)
     if verify:
         _verify(plan, graph, outputs, forward, few, params)
-    return key_of(graph, watch), plan
+    return key_of(graph, watch.selected_from), plan
 
 
 def zeros_for(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,22 +75,33 @@ def _verify(
     plan.keeps_graph = recorder.had_to_wait
     largest = {name: _largest(values) for name, values in left.items()}
     for n in range(batch.size):
-        alone = forward(batch.samples(n, n + 1))
+        alone = _alone(forward, batch.samples(n, n + 1))
         _check_apart(outputs[n : n + 1], alone)
         grads = torch.autograd.grad(alone, [*params.values()], vector[n : n + 1], allow_unused=True)
         for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
                 values.sub_(grad.to(values.dtype).square())
     coarsest = graph.coarsest_dtypes()
-    most = max(largest.values())
+    most = max(filter(math.isfinite, largest.values()), default=0.0)
     for name, values in left.items():
         epsilon = torch.finfo(coarsest.get(name, params[name].dtype)).eps
         # A gradient that is 0 by cancellation keeps roundings of its terms, squared.
         cancelled = (CANCELLED * epsilon) ** 2 * most
         difference = _largest(values)
         allowed = _tolerance(epsilon) * max(largest[name], difference) + cancelled
-        if (name in recorder.unresolved or difference > allowed) and name not in plan.slow:
+        right = difference <= allowed  # false for NaN
+        if (name in recorder.unresolved or not right) and name not in plan.slow:
             plan.distrust(name, "its recorded squares differed from single samples'")
+
+
+def _alone(forward: Forward, sample: Batch) -> Tensor:
+    try:
+        return forward(sample)
+    except ValueError as error:  # batch norm's own, of which the model's author knows nothing
+        raise ValueError(
+            "model: runs on three samples, but not on one of them alone, so a sample has no "
+            f"gradient of its own (batch statistics?): {error}"
+        ) from error
 
 
 def _check_apart(together: Tensor, alone: Tensor) -> None:

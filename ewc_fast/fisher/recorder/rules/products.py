@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ewc_fast._checks import state_dtype
-from ewc_fast.fisher.recorder.layouts import Regular
+from ewc_fast.fisher.recorder.layouts import Ragged, Regular
 from ewc_fast.fisher.recorder.per_sample import Blocks, Dense, Outer, PerSample, Reshaped
 from ewc_fast.fisher.recorder.rules.operand import Operand, times
 
@@ -46,6 +46,22 @@ def bmm(use: Operand) -> PerSample | None:
     return _bmm(use, use.node._saved_self, use.node._saved_mat2, use.grad, use.place)
 
 
+def grouped_mm(use: Operand) -> PerSample | None:
+    """Z[rows of e] = A[rows of e] B[e]: experts, each with the rows that chose it."""
+    node = use.node
+    if use.place != 1 or use.dim != 0 or node._saved_offs is None or len(use.shape) != 3:
+        return None
+    owners, blocks, start = use.layout.owners(len(use.grad), use.grad.device), [], 0
+    for stop in node._saved_offs.tolist():
+        layout = Ragged(owners[start:stop], use.layout.samples, 0)
+        left, right = (
+            layout.by_sample(t[start:stop]).flatten(1, 2) for t in (node._saved_self, use.grad)
+        )
+        blocks.append(Outer(left, right, gradient_is_left=False))
+        start = stop
+    return Blocks(blocks)
+
+
 def baddbmm(use: Operand) -> PerSample | None:
     """Z[b] = beta C[b] + alpha A[b] B[b]."""
     if use.place == 0:
@@ -54,13 +70,24 @@ def baddbmm(use: Operand) -> PerSample | None:
     return _bmm(use, use.node._saved_batch1, use.node._saved_batch2, grad, use.place - 1)
 
 
+def _mv(use: Operand, matrix: Tensor, grad: Tensor) -> PerSample:
+    rows, columns = use.rows(matrix), use.rows(grad.unsqueeze(1))
+    dtype = state_dtype(rows.dtype)
+    return Dense((rows.to(dtype) * columns.to(dtype)).sum(1))
+
+
 def mv(use: Operand) -> PerSample | None:
     """Z = A b."""
+    return _mv(use, use.node._saved_self, use.grad) if use.place == 1 else None
+
+
+def addmv(use: Operand) -> PerSample | None:
+    """Z = beta c + alpha A b."""
+    if use.place == 0:
+        return use.reduced(times(use.grad, use.node._saved_beta))
     if use.place == 1:
-        rows, grad = use.rows(use.node._saved_self), use.rows(use.grad.unsqueeze(1))
-        dtype = state_dtype(rows.dtype)
-        return Dense((rows.to(dtype) * grad.to(dtype)).sum(1))
-    return None
+        return None
+    return _mv(use, use.node._saved_mat, times(use.grad, use.node._saved_alpha))
 
 
 def trilinear(use: Operand) -> PerSample | None:
