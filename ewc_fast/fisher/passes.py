@@ -128,7 +128,8 @@ class Pass:
                 retain_graph=True,
                 allow_unused=True,
             )
-            found = {name: g for name, g in zip(chosen, grads, strict=True) if g is not None}
+            pairs = zip(chosen, grads, strict=True)
+            found = {name: grad.to_dense() for name, grad in pairs if grad is not None}
             functional.accumulate_square_([self._sums[name] for name in found], [*found.values()])
             self._note(dict.fromkeys(found, RECORDED))
 

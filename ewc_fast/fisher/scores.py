@@ -190,8 +190,9 @@ def _finished(
     raw: Iterable[Tensor], outputs: Tensor, observed: Tensor | None, scale: Tensor | None
 ) -> Iterator[Tensor]:
     """Yield vectors masked, scaled and rounded to the outputs' dtype."""
+    some_left_out = observed is not None and not observed.all()
     for vector in raw:
-        if observed is not None:
+        if observed is not None and some_left_out:
             vector = vector.masked_fill(~observed, 0)
         if scale is not None:
             vector = vector * per_entry(scale.to(vector), vector)

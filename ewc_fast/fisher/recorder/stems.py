@@ -9,6 +9,7 @@ only picks entries, :math:`\sum_n (J^\top g_n)^2 = J^\top \sum_n g_n^2`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -136,29 +137,45 @@ def _slice(node: Any, output: int, shape: tuple[int, ...]) -> View:
     return lambda t: t[(slice(None),) * (dim % t.dim()) + (bounds,)]
 
 
-def _dims(node: Any) -> tuple[int, ...]:
-    return tuple(_signed(dim) for dim in node._saved_dims)
+def _transpose(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    return methodcaller("transpose", _signed(node._saved_dim0), _signed(node._saved_dim1))
 
 
+def _permute(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    return methodcaller("permute", [_signed(dim) for dim in node._saved_dims])
+
+
+def _select(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    return methodcaller("select", _signed(node._saved_dim), _signed(node._saved_index))
+
+
+def _split(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    size, dim = node._saved_split_size, _signed(node._saved_dim)
+    return lambda t: t.split(size, dim)[output]
+
+
+def _unbind(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    dim = _signed(node._saved_dim)
+    return lambda t: t.unbind(dim)[output]
+
+
+def _same(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    return lambda t: t
+
+
+def _reshaped(node: Any, output: int, shape: tuple[int, ...]) -> View:
+    return methodcaller("view", shape)
+
+
+# A plan outlives the graph it was made on: steps keep numbers, not nodes.
 _STEPS: dict[str, Callable[[Any, int, tuple[int, ...]], View]] = {
-    "T": lambda node, output, shape: lambda t: t.t(),
-    "Transpose": lambda node, output, shape: (
-        lambda t: t.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1))
-    ),
-    "Permute": lambda node, output, shape: lambda t: t.permute(_dims(node)),
+    "T": lambda node, output, shape: methodcaller("t"),
+    "Transpose": _transpose,
+    "Permute": _permute,
     "Slice": _slice,
-    "Select": lambda node, output, shape: (
-        lambda t: t.select(_signed(node._saved_dim), _signed(node._saved_index))
-    ),
-    "Split": lambda node, output, shape: (
-        lambda t: t.split(node._saved_split_size, _signed(node._saved_dim))[output]
-    ),
-    "Unbind": lambda node, output, shape: lambda t: t.unbind(_signed(node._saved_dim))[output],
-    "ToCopy": lambda node, output, shape: lambda t: t,
-    "Clone": lambda node, output, shape: lambda t: t,
-    "Alias": lambda node, output, shape: lambda t: t,
-    **dict.fromkeys(
-        ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"),
-        lambda node, output, shape: lambda t: t.view(shape),
-    ),
+    "Select": _select,
+    "Split": _split,
+    "Unbind": _unbind,
+    **dict.fromkeys(("ToCopy", "Clone", "Alias"), _same),
+    **dict.fromkeys(("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"), _reshaped),
 }

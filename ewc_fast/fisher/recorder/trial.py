@@ -80,7 +80,9 @@ def _verify(
         grads = torch.autograd.grad(alone, [*params.values()], vector[n : n + 1], allow_unused=True)
         for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
-                values.sub_(grad.to(values.dtype).square())
+                grad = grad.to_dense().to(values.dtype)  # embeddings may give sparse ones
+                values.addcmul_(grad, grad, value=-1)
+        del grads
     coarsest = graph.coarsest_dtypes()
     most = max(filter(math.isfinite, largest.values()), default=0.0)
     for name, values in left.items():
@@ -118,7 +120,12 @@ def _check_apart(together: Tensor, alone: Tensor) -> None:
 
 
 def _largest(values: Tensor) -> float:
-    return values.abs().amax().item() if values.numel() else 0.0
+    if values.numel() == 0:
+        return 0.0
+    if values.is_complex():
+        return values.abs().amax().item()
+    low, high = values.aminmax()  # without a temporary; not a number where an entry is none
+    return torch.maximum(-low, high).item()
 
 
 def _tolerance(epsilon: float) -> float:
