@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD
@@ -40,6 +41,46 @@ def table(result: Result) -> str:
             ),
         ]
     )
+
+
+def lines(record: Mapping[str, Any], origin: str) -> str:
+    """Return the README's table: ewc_fast and the fastest peer whose result is right."""
+    rows = [row for run in record["runs"] if run["suite"] == "fisher" for row in run["rows"]]
+    found = [
+        "| model and batch | estimator | fastest right peer | **ewc_fast**, one batch | "
+        "**ewc_fast**, eight batches | peak memory beyond |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    keys = dict.fromkeys((row["model"], row.get("estimator")) for row in rows if "model" in row)
+    for model, estimator in keys:
+        here = [
+            row for row in rows if (row.get("model"), row.get("estimator")) == (model, estimator)
+        ]
+        ours = {row["batches"]: row for row in here if row["provider"] == EWC_FAST}
+        peers = [row for row in here if row["provider"] not in (EWC_FAST, FORWARD_AND_BACKWARD)]
+        best = min(peers, key=_ratio, default=None)
+        title, batch = _title(ours[1]["case"])
+        memory = ours[1].get("memory_beyond_in_fishers")
+        several = next(row for batches, row in ours.items() if batches > 1)
+        found.append(
+            f"| {title}, {batch} | {estimator} | "
+            + ("none" if best is None else f"{_ratio(best):.2f} ({best['provider']})")
+            + f" | {_ratio(ours[1]):.2f} | {_ratio(several):.2f} | "
+            + ("" if memory is None else f"{memory:+.2f} F")
+            + " |"
+        )
+    unit = "In units of one plain forward and backward pass over the same data; F: the size of the"
+    return "\n".join([*found, "", f"{unit} Fisher itself. {origin}"])
+
+
+def _title(case: str) -> tuple[str, str]:
+    """Return what ``empirical, CNN 32-64-128, 1 x 128`` says of the model and of the batch."""
+    title, _, batches = case.partition(", ")[2].rpartition(", ")
+    return title, f"batch {batches.partition(' x ')[2]}"
+
+
+def _ratio(row: Mapping[str, Any]) -> float:
+    return float(row["ratios"][FORWARD_AND_BACKWARD])
 
 
 def _column(provider: str, batches: int) -> str:

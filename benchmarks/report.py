@@ -1,4 +1,4 @@
-"""Turns the newest results into the table of README.md, between two markers.
+"""Turns the newest results into the tables of README.md, each between two markers.
 
 ``python benchmarks/report.py`` writes it, ``--check`` only tells whether it is up to date.
 """
@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import bench_fisher as fisher
 import bench_penalty as penalty
-from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD
+import fisher_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark table: python benchmarks/report.py -->"
 END = "<!-- end of benchmark table -->"
+FISHER_BEGIN = "<!-- table of the Fisher: python benchmarks/report.py -->"
+FISHER_END = "<!-- end of the table of the Fisher -->"
 
 Row = Mapping[str, Any]
 Rows = dict[tuple[str, str], Row]  # by case and provider
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     old = options.readme.read_text()
-    new = with_table(old, table(newest(options.results)))
+    penalties, fishers = (newest(options.results, suite) for suite in ("penalty", "fisher"))
+    new = with_table(old, table(penalties))
+    new = with_table(new, fisher_table.lines(fishers, _origin(fishers)), FISHER_BEGIN, FISHER_END)
     if not options.check:
         options.readme.write_text(new)
     elif new != old:
@@ -41,22 +44,26 @@ def main() -> int:
     return 0
 
 
-def newest(folder: Path) -> dict[str, Any]:
-    """Return the results of the latest complete run."""
+def newest(folder: Path, suite: str) -> dict[str, Any]:
+    """Return the results of the latest full run of a suite."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    complete = [record for record in records if not record["quick"]]
-    if not complete:
-        raise SystemExit(f"no results in {folder}: run python benchmarks/run.py")
-    return max(complete, key=lambda record: str(record["environment"]["date"]))
+    found = [
+        record
+        for record in records
+        if not record["quick"] and any(run["suite"] == suite for run in record["runs"])
+    ]
+    if not found:
+        raise SystemExit(f"no results of {suite} in {folder}: run python benchmarks/run.py")
+    return max(found, key=lambda record: str(record["environment"]["date"]))
 
 
-def with_table(readme: str, lines: str) -> str:
-    """Return the README with what is between the markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"expected one {BEGIN!r} and one {END!r} in the README")
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{lines}\n{END}{after}"
+def with_table(readme: str, lines: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return the README with what is between two markers replaced."""
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise SystemExit(f"expected one {begin!r} and one {end!r} in the README")
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{lines}\n{end}{after}"
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -82,7 +89,8 @@ def table(record: Mapping[str, Any]) -> str:
     lines += [
         f"| {text} | " + " | ".join(cell(case) for case in cases) + " |" for text, cell in contents
     ]
-    return "\n".join([*lines, "", _fisher_line(default), "", _origin(record)])
+    ratios = "Ratios are to ewc_fast with 1 task in the same round."
+    return "\n".join([*lines, "", f"{_origin(record)} {ratios}"])
 
 
 def _rows(record: Mapping[str, Any], allocator: str) -> Rows:
@@ -112,31 +120,13 @@ def _bandwidth(rows: Rows) -> Callable[[str], str]:
     return lambda case: f"{1 / rows[case, penalty.EWC_ONE]['ratios'][penalty.FLOOR]:.0%}"
 
 
-def _fisher_line(rows: Rows) -> str:
-    """Return one sentence on the exact Fisher diagonal."""
-    case = str(next(case for case in fisher.FULL if case.estimator == "exact"))
-    ratios = {
-        provider: row["ratios"][FORWARD_AND_BACKWARD]
-        for (found, provider), row in rows.items()
-        if found == case and provider != FORWARD_AND_BACKWARD
-    }
-    ours = _short(ratios.pop(EWC_FAST))
-    others = ", ".join(f"{provider} {_short(ratio)}" for provider, ratio in ratios.items())
-    _, layers, data = case.split(", ")
-    samples = data.rpartition(" x ")[2]
-    return (
-        f"The exact Fisher diagonal of a perceptron {layers} over {samples} samples "
-        f"costs {ours} forward and backward passes with ewc_fast ({others})."
-    )
-
-
 def _origin(record: Mapping[str, Any]) -> str:
     at = record["environment"]
     commit = f"{at['commit']}{', with changes' if at['dirty'] else ''}, {at['date'][:10]}"
     return (
         f"{at['cpu']}, {at['threads']} threads, {at['vector_level']}; PyTorch {at['torch']}, "
-        f"ewc_fast {at['ewc_fast']} at {commit}. Medians; ratios are to ewc_fast "
-        "with 1 task in the same round. [How it was measured](benchmarks/README.md)."
+        f"ewc_fast {at['ewc_fast']} at {commit}. Medians. "
+        "[How it was measured](benchmarks/README.md)."
     )
 
 

@@ -41,13 +41,16 @@ def main() -> None:
     """Run everything; write and name the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it all work?")
+    parser.add_argument("--only", nargs="+", choices=sorted({suite for suite, _ in RUNS}),
+                        help="these suites, with the allocator's defaults")  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder to write to")
     options = parser.parse_args()
     before = environment()
+    runs = [(suite, DEFAULT) for suite in options.only] if options.only else RUNS
     record = {
         "environment": before,
         "quick": options.quick,
-        "runs": [_run(suite, allocator, options.quick) for suite, allocator in RUNS],
+        "runs": [_run(suite, allocator, options.quick) for suite, allocator in runs],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     written = options.out / f"{_name(before, options.quick)}.json"
