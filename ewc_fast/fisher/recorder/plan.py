@@ -137,9 +137,8 @@ def make_plan(
             if found == "zero":
                 silent.append(link)
             elif found == "mixed" and link not in views and only_views(graph.nodes[at]):
-                lost |= graph.parameters_below(
-                    link[0]
-                )  # samples were apart above, and must be here
+                # Samples were apart above, and a view can't have mixed them.
+                lost |= graph.parameters_below(link[0])
             elif found == "mixed":
                 uses.append(_use(graph, at, place, Stem(graph, link), layouts, selected_from))
             elif link[0] not in seen:
@@ -198,7 +197,7 @@ def _use(
     layouts: Mapping[Edge, Found],
     selected_from: int | None,
 ) -> Use:
-    layout = next((found for edge, found in layouts.items() if edge[0] == at), None)
+    layout = layouts.get((at, 0))
     after_selection = selected_from is not None and graph.nodes[at]._sequence_nr() >= selected_from
     regular = layout if isinstance(layout, Regular) else None
     shape = shape_at(graph, stem.edge)
@@ -209,15 +208,14 @@ def _use(
 
 def _families(uses: list[Use]) -> list[Family]:
     """Group uses that have parameters in common."""
-    families: list[Family] = []
+    by_name: dict[str, Family] = {}
     for use in uses:
-        met = [family for family in families if set(family.names) & set(use.stem.names)]
-        joined = Family(
-            [other for family in met for other in family.uses] + [use],
-            sorted({name for family in met for name in family.names} | set(use.stem.names)),
-        )
-        families = [family for family in families if family not in met] + [joined]
-    return families
+        met = {id(family): family for n in use.stem.names if (family := by_name.get(n))}
+        family, *others = met.values() or (Family([], []),)
+        family.uses += [*(u for other in others for u in other.uses), use]
+        family.names = sorted({*family.names, *use.stem.names}.union(*(o.names for o in others)))
+        by_name.update(dict.fromkeys(family.names, family))
+    return list({id(family): family for family in by_name.values()}.values())
 
 
 def _way(family: Family, graph: Graph, params: Mapping[str, Tensor]) -> str:

@@ -74,16 +74,18 @@ def _verify(
     recorder.add([vector], 1)
     plan.keeps_graph = recorder.had_to_wait
     largest = {name: _largest(values) for name, values in left.items()}
+    coarsest = graph.coarsest_dtypes()
+    dtypes = {outputs.dtype, *coarsest.values()}
+    outputs_allowed = _tolerance(max(torch.finfo(dtype).eps for dtype in dtypes))
     for n in range(batch.size):
         alone = _alone(forward, batch.samples(n, n + 1))
-        _check_apart(outputs[n : n + 1], alone)
+        _check_apart(outputs[n : n + 1], alone, outputs_allowed)
         grads = torch.autograd.grad(alone, [*params.values()], vector[n : n + 1], allow_unused=True)
         for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
                 grad = grad.to_dense().to(values.dtype)  # embeddings may give sparse ones
                 values.addcmul_(grad, grad, value=-1)
         del grads
-    coarsest = graph.coarsest_dtypes()
     most = max(filter(math.isfinite, largest.values()), default=0.0)
     for name, values in left.items():
         epsilon = torch.finfo(coarsest.get(name, params[name].dtype)).eps
@@ -106,8 +108,7 @@ def _alone(forward: Forward, sample: Batch) -> Tensor:
         ) from error
 
 
-def _check_apart(together: Tensor, alone: Tensor) -> None:
-    tolerance = _tolerance(torch.finfo(alone.dtype).eps)
+def _check_apart(together: Tensor, alone: Tensor, tolerance: float) -> None:
     if alone.shape == together.shape:
         difference = _largest((alone - together).detach())
         if not difference > tolerance * max(_largest(together.detach()), 1e-6):
