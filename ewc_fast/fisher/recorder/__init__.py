@@ -2,6 +2,7 @@
 
 trial      makes a plan on a few samples and holds it to single samples
 watch      what the graph does not tell about the forward pass
+recurrent  recurrent layers, for which the graph tells little unless they are run otherwise
 graph      the graph as a list
 layouts    which sample each entry of a gradient belongs to
 stems      what lies between an operand and its parameters

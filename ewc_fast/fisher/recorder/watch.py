@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ewc_fast.fisher.recorder import recurrent
+
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # Functions that may send rows elsewhere by their values.
 SELECTING = {
@@ -23,7 +25,7 @@ class Watch(TorchFunctionMode):
     """Notes when rows were first selected by value, and opens up fused recurrent layers.
 
     ``selected_from`` is the sequence number of the first autograd node made afterwards. Fused
-    recurrent layers show the graph one node for all their steps; run step by step they show the
+    recurrent layers show the graph one node for all their steps; run otherwise they show the
     products they consist of.
     """
 
@@ -41,6 +43,8 @@ class Watch(TorchFunctionMode):
         """Run ``func``."""
         name = getattr(func, "__name__", "")
         if name in RECURRENT:
+            if recurrent.can_run(args, kwargs or {}):
+                return recurrent.run(name, args)
             return _step_by_step(func, args, kwargs or {})
         if self.selected_from is None and name in SELECTING and _by_value(name, args):
             self.selected_from = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]

@@ -11,7 +11,14 @@ from collections.abc import Callable
 
 from ewc_fast.fisher.recorder.graph import kind_of
 from ewc_fast.fisher.recorder.per_sample import PerSample
-from ewc_fast.fisher.recorder.rules import convolution, elementwise, norms, products, tables
+from ewc_fast.fisher.recorder.rules import (
+    convolution,
+    elementwise,
+    norms,
+    products,
+    recurrent,
+    tables,
+)
 from ewc_fast.fisher.recorder.rules.operand import Operand
 from ewc_fast.fisher.recorder.rules.own_backward import by_its_own_backward
 
@@ -29,6 +36,7 @@ RULES: dict[str, Rule] = {
     "Addmv": products.addmv,
     "Trilinear": products.trilinear,
     "Convolution": convolution.convolution,
+    "HiddenTap": recurrent.hidden_tap,
     "Embedding": tables.embedding,
     "Index": tables.index,
     "IndexSelect": tables.index_select,
@@ -46,7 +54,7 @@ RULES: dict[str, Rule] = {
 
 
 # Which operand's gradient is the sum of the result's over its positions.
-BIAS_PLACES = {"Addmm": 0, "Convolution": 2}
+BIAS_PLACES = {"Addmm": 0, "Convolution": 2, "HiddenTap": 1}
 
 
 def by_rule(use: Operand) -> PerSample | None:
