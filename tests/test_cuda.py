@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import every_dtype, state_like
+from models import each_model
 from numerics import assert_within, gradient_budget, value_budget
 
-from ewc_fast import functional, reference
+from ewc_fast import fisher_diagonal, functional, reference
 from ewc_fast._native import cuda_unavailable
 
 pytestmark = pytest.mark.skipif(cuda_unavailable() is not None, reason=str(cuda_unavailable()))
@@ -42,3 +43,18 @@ def test_the_value_repeats_bit_for_bit():
         for _ in range(20)
     }
     assert len(values) == 2  # zero, and one other
+
+
+@each_model()
+def test_the_fisher_on_the_gpu_is_that_on_the_cpu(case):
+    model, data = case.make(), case.data(4, 3)
+    on_cpu = fisher_diagonal(model, data, estimator="empirical")
+    on_gpu = fisher_diagonal(model.cuda(), data, estimator="empirical")
+    assert not on_gpu.report.slow
+    half = any(param.dtype == torch.bfloat16 for param in model.parameters())
+    for name, expected in on_cpu.items():
+        assert on_gpu[name].device.type == "cuda"
+        if expected.numel() == 0:
+            continue
+        error = (on_gpu[name].cpu() - expected).abs().max()
+        assert error <= (16 * 2**-8 if half else 1e-4) * expected.max(), name
