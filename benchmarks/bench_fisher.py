@@ -1,4 +1,7 @@
-"""Fisher diagonals of the models M1 to M7, beside one forward and backward pass."""
+"""Fisher diagonals of the models M1 to M7, beside one forward and backward pass.
+
+``bench_fisher_peers.py`` measures the peers, which takes most of an hour.
+"""
 
 from __future__ import annotations
 
@@ -55,33 +58,33 @@ def cases(quick: bool, only: Collection[str] = ()) -> list[Case]:
 FULL = cases(quick=False)
 
 
-def suite(quick: bool, only: Collection[str] = ()) -> Result:
-    """Measure all cases, or those of some models."""
+def suite(quick: bool, only: Collection[str] = (), *, peers: bool = False) -> Result:
+    """Measure ewc_fast on all cases or those of some models; with peers, over one batch."""
     result = Result()
     # Memory is measured under settings of its own: once is enough.
-    with_memory = not allocator_settings(os.environ).keys() & {"MALLOC_MMAP_THRESHOLD_"}
+    keeps = allocator_settings(os.environ).keys() & {"MALLOC_MMAP_THRESHOLD_"}
     for case in cases(quick, only):
-        timings = measure(providers(case), seconds=case.seconds)
+        if peers and case.alone:
+            continue
+        timings = measure(providers(case, alone=not peers), seconds=case.seconds)
         result.add(str(case), timings, (FORWARD_AND_BACKWARD,))
         rows = {row["provider"]: row for row in result.rows if row["case"] == str(case)}
         for row in rows.values():
             row |= {"model": case.model, "estimator": case.estimator, "batches": case.batches}
             row["correctness"] = RIGHT
-        if with_memory and not case.alone and case.estimator in MEMORY_OF:
-            chosen = [EWC_FAST] if quick else rows.keys() - {FORWARD_AND_BACKWARD}
-            if not quick or case.model == "M1":
-                for name, extra in beyond_forward_and_backward(
-                    case.model, case.estimator, chosen, quick=quick
-                ).items():
-                    rows[name]["memory_beyond_in_fishers"] = extra
+        measured = case.estimator in MEMORY_OF and (not quick or case.model == "M1")
+        if measured and not (peers or case.alone or keeps):
+            extra = beyond_forward_and_backward(case.model, case.estimator, [EWC_FAST], quick=quick)
+            for name, amount in extra.items():
+                rows[name]["memory_beyond_in_fishers"] = amount
     return result
 
 
-def providers(case: Case) -> dict[str, Provider]:
+def providers(case: Case, *, alone: bool = False) -> dict[str, Provider]:
     """Return what competes on a case."""
     workload = (QUICK_MODELS if case.quick else FULL_MODELS)[case.model]
     at = FisherCase(workload, workload.batch_size, case.batches)
-    calls = competing(at, case.estimator, (EWC_FAST,) if case.alone else None)
+    calls = competing(at, case.estimator, (EWC_FAST,) if alone or case.alone else None)
     found = {
         name: Provider(call, partial(at.check, call, case.estimator))
         for name, call in calls.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD
@@ -43,32 +43,46 @@ def table(result: Result) -> str:
     )
 
 
-def lines(record: Mapping[str, Any], origin: str) -> str:
-    """Return the README's table: ewc_fast and the fastest peer whose result is right."""
-    rows = [row for run in record["runs"] if run["suite"] == "fisher" for row in run["rows"]]
+def lines(records: Sequence[Mapping[str, Any]], origin: str) -> str:
+    """Return the README's table: ewc_fast and the fastest peer whose result is right.
+
+    Of several records, oldest first, each row's latest counts: ratios are to a forward and backward
+    pass in the same process.
+    """
+    latest = {
+        (row["model"], row["estimator"], row["batches"], row["provider"]): row
+        for record in records
+        for run in record["runs"]
+        if run["suite"] in ("fisher", "fisher_peers") and run["allocator"] == "default"
+        for row in run["rows"]
+        if "model" in row
+    }
     found = [
         "| model and batch | estimator | fastest right peer | **ewc_fast**, one batch | "
         "**ewc_fast**, eight batches | peak memory beyond |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    keys = dict.fromkeys((row["model"], row.get("estimator")) for row in rows if "model" in row)
-    for model, estimator in keys:
-        here = [
-            row for row in rows if (row.get("model"), row.get("estimator")) == (model, estimator)
+    for (model, estimator, batches, provider), one in latest.items():
+        several = latest.get((model, estimator, 8, provider))
+        if provider != EWC_FAST or batches != 1 or several is None:
+            continue
+        peers = [
+            row
+            for (of, kind, _, name), row in latest.items()
+            if (of, kind) == (model, estimator) and name not in (EWC_FAST, FORWARD_AND_BACKWARD)
         ]
-        ours = {row["batches"]: row for row in here if row["provider"] == EWC_FAST}
-        peers = [row for row in here if row["provider"] not in (EWC_FAST, FORWARD_AND_BACKWARD)]
         best = min(peers, key=_ratio, default=None)
-        title, batch = _title(ours[1]["case"])
-        memory = ours[1].get("memory_beyond_in_fishers")
-        several = next(row for batches, row in ours.items() if batches > 1)
-        found.append(
-            f"| {title}, {batch} | {estimator} | "
-            + ("none" if best is None else f"{_ratio(best):.2f} ({best['provider']})")
-            + f" | {_ratio(ours[1]):.2f} | {_ratio(several):.2f} | "
-            + ("" if memory is None else f"{memory:+.2f} F")
-            + " |"
-        )
+        title, batch = _title(one["case"])
+        memory = one.get("memory_beyond_in_fishers")
+        cells = [
+            f"{title}, {batch}",
+            estimator,
+            "" if best is None else f"{_ratio(best):.2f} ({best['provider']})",
+            f"{_ratio(one):.2f}",
+            f"{_ratio(several):.2f}",
+            "" if memory is None else f"{memory:+.2f} F",
+        ]
+        found.append(f"| {' | '.join(cells)} |")
     unit = "In units of one plain forward and backward pass over the same data; F: the size of the"
     return "\n".join([*found, "", f"{unit} Fisher itself. {origin}"])
 

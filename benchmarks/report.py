@@ -33,9 +33,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     old = options.readme.read_text()
-    penalties, fishers = (newest(options.results, suite) for suite in ("penalty", "fisher"))
-    new = with_table(old, table(penalties))
-    new = with_table(new, fisher_table.lines(fishers, _origin(fishers)), FISHER_BEGIN, FISHER_END)
+    new = with_table(old, table(of_suite(options.results, "penalty")[-1]))
+    fishers = of_suite(options.results, "fisher") + of_suite(options.results, "fisher_peers")
+    lines = fisher_table.lines(fishers, _origin(fishers[0]))
+    new = with_table(new, lines, FISHER_BEGIN, FISHER_END)
     if not options.check:
         options.readme.write_text(new)
     elif new != old:
@@ -44,9 +45,9 @@ def main() -> int:
     return 0
 
 
-def newest(folder: Path, suite: str) -> dict[str, Any]:
-    """Return the results of the latest full run of a suite."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def of_suite(folder: Path, suite: str) -> list[dict[str, Any]]:
+    """Return the results of full runs of a suite, oldest first."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     found = [
         record
         for record in records
@@ -54,7 +55,7 @@ def newest(folder: Path, suite: str) -> dict[str, Any]:
     ]
     if not found:
         raise SystemExit(f"no results of {suite} in {folder}: run python benchmarks/run.py")
-    return max(found, key=lambda record: str(record["environment"]["date"]))
+    return sorted(found, key=lambda record: str(record["environment"]["date"]))
 
 
 def with_table(readme: str, lines: str, begin: str = BEGIN, end: str = END) -> str:

@@ -34,6 +34,7 @@ RUNS = (
     ("products", DEFAULT),
     ("fisher", DEFAULT),
     ("fisher", KEPT),
+    ("fisher_peers", DEFAULT),
 )
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: does it all work?")
     parser.add_argument("--only", nargs="+", choices=sorted({suite for suite, _ in RUNS}),
                         help="these suites, with the allocator's defaults")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=[], help="of the Fisher's: these")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder to write to")
     options = parser.parse_args()
     before = environment()
@@ -50,20 +52,25 @@ def main() -> None:
     record = {
         "environment": before,
         "quick": options.quick,
-        "runs": [_run(suite, allocator, options.quick) for suite, allocator in runs],
+        "runs": [
+            _run(suite, allocator, options.quick, options.models) for suite, allocator in runs
+        ],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    written = options.out / f"{_name(before, options.quick)}.json"
+    parts = "".join(f"-{part}" for part in [*(options.only or []), *options.models])
+    written = options.out / f"{_name(before, options.quick)}{parts}.json"
     written.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {written}")
 
 
-def _run(suite: str, allocator: dict[str, str], quick: bool) -> dict[str, Any]:
+def _run(suite: str, allocator: dict[str, str], quick: bool, models: list[str]) -> dict[str, Any]:
     inherited = {k: v for k, v in os.environ.items() if k not in KEPT}
     print(f"\n{suite}, allocator {'keeps freed memory' if allocator else 'as it is'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(HERE / f"bench_{suite}.py"), "--json", str(result)]
+        if models and suite.startswith("fisher"):
+            command += ["--only", *models]
         load = LoadElsewhere()
         subprocess.run(command + ["--quick"] * quick, env=inherited | allocator, check=True)
         elsewhere = load.share()
