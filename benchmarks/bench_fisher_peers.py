@@ -1,4 +1,4 @@
-"""Fisher diagonals by other libraries and by plain PyTorch, beside ewc_fast; see bench_fisher.py."""
+"""Fisher diagonals by other libraries and plain PyTorch, beside ewc_fast; see bench_fisher.py."""
 
 from __future__ import annotations
 

