@@ -77,7 +77,7 @@ def lines(records: Sequence[Mapping[str, Any]], origin: str) -> str:
         cells = [
             f"{title}, {batch}",
             estimator,
-            "" if best is None else f"{_ratio(best):.2f} ({best['provider']})",
+            "not timed" if best is None else f"{_ratio(best):.2f} ({best['provider']})",
             f"{_ratio(one):.2f}",
             f"{_ratio(several):.2f}",
             "" if memory is None else f"{memory:+.2f} F",

@@ -33,9 +33,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     old = options.readme.read_text()
-    new = with_table(old, table(of_suite(options.results, "penalty")[-1]))
-    fishers = of_suite(options.results, "fisher") + of_suite(options.results, "fisher_peers")
-    lines = fisher_table.lines(fishers, _origin(fishers[0]))
+    penalties, fishers = (of_suite(options.results, suite) for suite in ("penalty", "fisher"))
+    if not penalties or not fishers:
+        raise SystemExit(f"results missing in {options.results}: run python benchmarks/run.py")
+    new = with_table(old, table(penalties[-1]))
+    peers = of_suite(options.results, "fisher_peers")
+    lines = fisher_table.lines([*fishers, *peers], _origin(fishers[-1]))
     new = with_table(new, lines, FISHER_BEGIN, FISHER_END)
     if not options.check:
         options.readme.write_text(new)
@@ -53,8 +56,6 @@ def of_suite(folder: Path, suite: str) -> list[dict[str, Any]]:
         for record in records
         if not record["quick"] and any(run["suite"] == suite for run in record["runs"])
     ]
-    if not found:
-        raise SystemExit(f"no results of {suite} in {folder}: run python benchmarks/run.py")
     return sorted(found, key=lambda record: str(record["environment"]["date"]))
 
 

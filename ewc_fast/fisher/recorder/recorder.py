@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Recorder:
         self._params, self._sums = params, sums
         self.unresolved: set[str] = set()  # parameters whose squares could not be taken
         self._layouts = self._find_layouts()
-        self._one_position: dict[Use, tuple[Family, Outer, Tensor]] = {}
+        self._one_position: dict[Use, tuple[Outer, Tensor, Tensor, Tensor | None]] = {}
         self._kept: dict[Family, dict[Use, PerSample]] = {}
         self._pulled: dict[Family, Tensor] = {}
         self._waiting: list[tuple[Family, Use, Operand]] = []
@@ -64,9 +65,11 @@ class Recorder:
     @torch.no_grad()
     def _finish(self) -> None:
         """Add what waited for the last pass."""
-        for use, (family, outer, squares) in self._one_position.items():
+        for outer, squares, total, bias_total in self._one_position.values():
+            if bias_total is not None:
+                bias_total.add_(squares.sum((0, 1)))
             sum_of_passes = Outer.of(squares.sqrt_(), outer.input, outer.gradient_is_left)
-            sum_of_passes.add_squares(self._total(family, use))
+            sum_of_passes.add_squares(total)
         for family, total in self._pulled.items():
             stem = family.uses[0].stem
             for name, grad in zip(
@@ -148,29 +151,41 @@ class Recorder:
         self, family: Family, use: Use, gradients: PerSample, other: Family, bias: Use
     ) -> bool:
         """Take a weight's gradients and the bias's in one reading; return whether that was done."""
-        if family.way != "apart" or other.way != "apart" or self._several:
+        if family.way != "apart" or other.way != "apart":
             return False
         if not bias.is_bias or bias not in self._layouts:
             return False
         node = self._graph.nodes[use.node]
         if kind_of(node) == "Addmm" and not node._saved_alpha == node._saved_beta == 1:
             return False
-        return gradients.add_squares_with_bias(self._total(family, use), self._total(other, bias))
+        totals = self._total(family, use), self._total(other, bias)
+        if self._waits_for_last_pass(gradients):
+            self._keep_squares(use, gradients, *totals)
+            return True
+        return gradients.add_squares_with_bias(*totals)
 
     @torch.no_grad()
     def _take(self, family: Family, use: Use, gradients: PerSample) -> None:
         if family.way in ("joined", "together"):
             self._kept.setdefault(family, {})[use] = gradients
-        elif self._several and isinstance(gradients, Outer) and gradients.positions == 1:
-            self._keep_squares(family, use, gradients)
+        elif self._waits_for_last_pass(gradients):
+            self._keep_squares(use, gradients, self._total(family, use), None)
         else:
             gradients.add_squares(self._total(family, use))
 
-    def _keep_squares(self, family: Family, use: Use, outer: Outer) -> None:
-        """Add up g^2 over passes: with one position, one product serves them all."""
-        _, _, before = self._one_position.get(use, (None, None, None))
-        squares = outer.gradient.to(state_dtype(outer.gradient.dtype)).square()
-        self._one_position[use] = family, outer, squares if before is None else before.add_(squares)
+    def _waits_for_last_pass(self, gradients: PerSample) -> TypeGuard[Outer]:
+        """With one position a sample, one product serves all passes: of the sum of their g^2."""
+        return self._several and isinstance(gradients, Outer) and gradients.positions == 1
+
+    @torch.no_grad()
+    def _keep_squares(
+        self, use: Use, outer: Outer, total: Tensor, bias_total: Tensor | None
+    ) -> None:
+        gradient = outer.gradient.to(state_dtype(outer.gradient.dtype))
+        if use in self._one_position:
+            self._one_position[use][1].addcmul_(gradient, gradient)
+        else:
+            self._one_position[use] = outer, gradient.square(), total, bias_total
 
     def _total(self, family: Family, use: Use) -> Tensor:
         """Return where the squares of one use are to be added."""
