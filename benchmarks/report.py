@@ -38,7 +38,7 @@ def main() -> int:
         raise SystemExit(f"results missing in {options.results}: run python benchmarks/run.py")
     new = with_table(old, table(penalties[-1]))
     peers = of_suite(options.results, "fisher_peers")
-    lines = fisher_table.lines([*fishers, *peers], _origin(fishers[-1]))
+    lines = fisher_table.lines([*peers, *fishers], _origin(fishers[-1]))
     new = with_table(new, lines, FISHER_BEGIN, FISHER_END)
     if not options.check:
         options.readme.write_text(new)
