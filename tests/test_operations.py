@@ -21,6 +21,8 @@ from operations import (
     TABLES,
     WAYS,
     WORDS,
+    B,
+    W,
     layer,
     of,
     repeated_tokens,
@@ -160,3 +162,25 @@ def test_gradients_scaled_by_frequency_in_the_batch_take_the_slow_way():
     found = fisher_diagonal(model, data)
     oracle.assert_fisher(found, model, data)
     assert found.report.slow.keys() == {"body.weight"}
+
+
+BIAS_AND_SELECTION = {
+    "linear_with_one_bias_for_all": of(lambda m, x: F.linear(x, m.w, m.b), w=W, b=(1,)),
+    "addmm_with_one_bias_for_all": of(lambda m, x: torch.addmm(m.b, x, m.w.t()), w=W, b=(1,)),
+    "rows_selected_by_keywords": of(
+        lambda m, x: torch.index_select(
+            input=F.linear(x, m.w, m.b), dim=0, index=torch.arange(len(x))
+        ),
+        w=W, b=B,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIAS_AND_SELECTION)
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_unusual_biases_and_calls_are_right(name, estimator):
+    operation = BIAS_AND_SELECTION[name]
+    model, data = operation.model(), operation.data(4, 3)
+    found = fisher_diagonal(model, data, estimator=estimator)
+    oracle.assert_fisher(found, model, data, estimator=estimator)
+    assert not found.report.slow

@@ -202,7 +202,10 @@ def _use(
     regular = layout if isinstance(layout, Regular) else None
     shape = shape_at(graph, stem.edge)
     kind = (kind_of(graph.nodes[at]), place, len(shape))
-    is_bias = place == BIAS_PLACES.get(kind[0]) and len(shape) == 1
+    # One number for each channel, the result's last dimension, or a convolution's second.
+    result = shape_at(graph, (at, 0))
+    channels = result[1 if kind[0] == "Convolution" else -1 :][:1]
+    is_bias = place == BIAS_PLACES.get(kind[0]) and shape == channels
     return Use(at, place, stem, shape, regular, is_bias, after_selection or regular is None, kind)
 
 

@@ -46,12 +46,16 @@ class Watch(TorchFunctionMode):
             if recurrent.can_run(args, kwargs or {}):
                 return recurrent.run(name, args)
             return _step_by_step(func, args, kwargs or {})
-        if self.selected_from is None and name in SELECTING and _by_value(name, args):
+        if (
+            self.selected_from is None
+            and name in SELECTING
+            and _by_value(name, [*args, *(kwargs or {}).values()])
+        ):
             self.selected_from = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         return func(*args, **(kwargs or {}))
 
 
-def _by_value(name: str, args: tuple[Any, ...]) -> bool:
+def _by_value(name: str, args: list[Any]) -> bool:
     """Whether a selection concerns numbers of samples, and where it goes depends on values."""
     if not isinstance(args[0], Tensor) or not args[0].is_floating_point():
         return False
