@@ -38,7 +38,7 @@ def main() -> int:
         raise SystemExit(f"results missing in {options.results}: run python benchmarks/run.py")
     new = with_table(old, table(penalties[-1]))
     peers = of_suite(options.results, "fisher_peers")
-    lines = fisher_table.lines([*peers, *fishers], _origin(fishers[-1]))
+    lines = fisher_table.lines([*peers, *fishers], _origin(*fishers))
     new = with_table(new, lines, FISHER_BEGIN, FISHER_END)
     if not options.check:
         options.readme.write_text(new)
@@ -54,9 +54,15 @@ def of_suite(folder: Path, suite: str) -> list[dict[str, Any]]:
     found = [
         record
         for record in records
-        if not record["quick"] and any(run["suite"] == suite for run in record["runs"])
+        if not record["quick"]
+        and any(run["suite"] == suite and _is_current(run) for run in record["runs"])
     ]
     return sorted(found, key=lambda record: str(record["environment"]["date"]))
+
+
+def _is_current(run: Mapping[str, Any]) -> bool:
+    """Whether a run's rows have the form of today's: the Fisher's did not always name models."""
+    return not run["suite"].startswith("fisher") or all("model" in row for row in run["rows"])
 
 
 def with_table(readme: str, lines: str, begin: str = BEGIN, end: str = END) -> str:
@@ -122,13 +128,15 @@ def _bandwidth(rows: Rows) -> Callable[[str], str]:
     return lambda case: f"{1 / rows[case, penalty.EWC_ONE]['ratios'][penalty.FLOOR]:.0%}"
 
 
-def _origin(record: Mapping[str, Any]) -> str:
-    at = record["environment"]
-    commit = f"{at['commit']}{', with changes' if at['dirty'] else ''}, {at['date'][:10]}"
+def _origin(*records: Mapping[str, Any]) -> str:
+    """Return where numbers come from; of several records, with every commit."""
+    newest = records[-1]["environment"]
+    found = [record["environment"] for record in records]
+    commits = dict.fromkeys(f"{at['commit']}{' with changes' * at['dirty']}" for at in found)
     return (
-        f"{at['cpu']}, {at['threads']} threads, {at['vector_level']}; PyTorch {at['torch']}, "
-        f"ewc_fast {at['ewc_fast']} at {commit}. Medians. "
-        "[How it was measured](benchmarks/README.md)."
+        f"{newest['cpu']}, {newest['threads']} threads, {newest['vector_level']}; PyTorch "
+        f"{newest['torch']}, ewc_fast {newest['ewc_fast']} at {' and '.join(commits)}, "
+        f"{newest['date'][:10]}. Medians. [How it was measured](benchmarks/README.md)."
     )
 
 
