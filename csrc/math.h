@@ -8,6 +8,8 @@
 //   proximal  theta <- (theta + eta lambda F a) / (1 + eta lambda F)
 #pragma once
 
+#include <cstdint>
+
 // Forced inline and static: the same source is compiled for several vector levels, and a shared
 // out-of-line copy could be one that this processor cannot run.
 #if defined(__CUDACC__)
@@ -51,6 +53,22 @@ EWC_FAST_FORMULA Merged merge(double gamma, double fisher, double anchor, double
 template <class T>
 EWC_FAST_FORMULA T proximal(T strength, T param, T anchor) {
   return param - (param - anchor) / (T(1) + T(1) / strength);
+}
+
+// 32 random bits that depend on the seed and the element alone (murmur3's finaliser).
+EWC_FAST_FORMULA std::uint32_t random_bits(std::uint32_t seed, std::uint64_t element) {
+  std::uint32_t hash = seed ^ static_cast<std::uint32_t>(element) * 0x9e3779b1u ^
+                       static_cast<std::uint32_t>(element >> 32) * 0x7feb352du;
+  hash = (hash ^ hash >> 16) * 0x85ebca6bu;
+  hash = (hash ^ hash >> 13) * 0xc2b2ae35u;
+  return hash ^ hash >> 16;
+}
+
+// The bfloat16 (its bits) below or above a finite float, above with the probability of the part
+// that is dropped: right on average, so that small addends are not lost in a large sum.
+EWC_FAST_FORMULA std::uint16_t round_stochastically(std::uint32_t float_bits,
+                                                    std::uint32_t random) {
+  return static_cast<std::uint16_t>((float_bits + (random & 0xffffu)) >> 16);
 }
 
 }  // namespace ewc_fast

@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-Impl = Literal["auto", "cpu", "cuda", "reference"]
-IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "reference")
+Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
+IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "triton", "reference")
 CUDA_OPERATIONS = frozenset({"add_penalty_grad_"})
 
 
