@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn, optim
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter; it must know before they are defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from training import all_of, batch, consolidated, loss, same
 
 from ewc_fast import EWC, EWCOptimizer
