@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import same
 
 from ewc_fast import fisher_diagonal
+from ewc_fast.fisher import passes
 from ewc_fast.fisher.recorder import recorder
 from ewc_fast.fisher.recorder.per_sample import Dense, Outer
 
@@ -240,3 +241,36 @@ def test_no_graph_is_kept_alive():
     assert len(kept) == len(TRIAL) + 2
     assert all(output() is None for output in kept)
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "rademacher", "empirical"])
+@each_model()
+def test_large_batches_run_in_parts_and_give_the_same_result(case, estimator, monkeypatch):
+    model, data = case.make(), case.data(37)
+    whole = fisher_diagonal(model, data, estimator=estimator)
+    monkeypatch.setattr(passes, "LARGE", 1)
+    monkeypatch.setattr(passes, "PART", 1)
+    parts = fisher_diagonal(model, data, estimator=estimator)
+    half = any(param.dtype == torch.bfloat16 for param in model.parameters())
+    for name, expected in whole.items():
+        # other sums in other orders, and in products of other sizes
+        budget = (16 * 2**-8 if half else 1e-5) * expected.max() if expected.numel() else 0
+        assert ((parts[name] - expected).abs() <= budget).all(), name
+
+
+@pytest.mark.parametrize(
+    ("samples", "kilobytes", "expected"),
+    [(128, 128, 4), (127, 128, 1), (256, 128, 8), (40, 1024, 2), (20, 1024, 1), (4, 2**20, 1)],
+)
+def test_parts_hold_sixteen_samples_or_more_and_begin_at_16_mebibytes(samples, kilobytes, expected):
+    parts = passes.parts_of(samples, kilobytes * 1024)
+    assert parts == expected
+    assert parts == 1 or samples // parts >= 16
+
+
+def test_a_batch_in_parts_runs_the_model_on_each_sample_once(sizes, monkeypatch):
+    monkeypatch.setattr(passes, "LARGE", 1)
+    monkeypatch.setattr(passes, "PART", 1)
+    model, called = sizes
+    fisher_diagonal(model, batches(50, 20))
+    assert called == [*TRIAL, 16, 17, 17, 20]

@@ -27,6 +27,11 @@ class Batch:
         stop = min(stop, self.size)
         return self._changed(lambda t: t[start:stop], stop - start)
 
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Yield the samples in parts of about the same size."""
+        for part in range(count):
+            yield self.samples(part * self.size // count, (part + 1) * self.size // count)
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
         return self._changed(lambda t: t.to(device), self.size)

@@ -97,7 +97,8 @@ def fisher_diagonal(
     and wherever they have the samples; a parameter of which this can't be told takes one sample at
     a time. ``print(fisher.report)`` says which did, and why.
     Memory: the Fisher itself, no gradient for each sample. Gradient checkpointing and compilation
-    are off meanwhile: where memory is short use smaller batches, the result is the same.
+    are off meanwhile: where memory is short use smaller batches, the result is the same. On the CPU
+    a batch that would make tensors of 16 MiB and more is run in parts, which is also faster.
 
     Raises
     ------

@@ -17,7 +17,22 @@ from ewc_fast.fisher.report import NO_GRADIENT, RECORDED, FisherDiagonal, Fisher
 from ewc_fast.fisher.scores import Scores
 
 BATCHES_IN_A_SUM = 256
+LARGE = 16 * 2**20  # bytes of a tensor, from which on the system's pages for it take longest
+PART = 4 * 2**20  # bytes that the allocator keeps and caches hold
+FEWEST_IN_A_PART = 16  # samples: with fewer, products lose more than memory gains
 UNRESOLVED = "its samples could not be told apart in every batch"
+
+
+def parts_of(samples: int, bytes_a_sample: int) -> int:
+    """Return in how many parts a batch is run on the CPU; the Fisher does not depend on it.
+
+    A model whose largest tensor has ``bytes_a_sample`` for each sample. A CNN with tensors of
+    16 MiB took 0.7 of the time in parts of 4 MiB, one of 32 MiB 0.56. Also, the exact estimator
+    keeps a part's activations through all its passes.
+    """
+    if samples * bytes_a_sample < LARGE:
+        return 1
+    return max(1, samples // max(FEWEST_IN_A_PART, PART // bytes_a_sample))
 
 
 class Pass:
@@ -32,6 +47,7 @@ class Pass:
         verify: bool,
     ) -> None:
         self._forward, self._params, self._scores, self._verify = forward, params, scores, verify
+        self._on_cpu = next(iter(params.values())).device.type == "cpu"
         self._plans: dict[Key, Plan] = {}
         self._tried: set[Key] = set()  # graphs of batches whose first samples were tried
         self._sums: dict[str, Tensor] = {}
@@ -46,6 +62,15 @@ class Pass:
         first = not whole and not self._plans
         if first:
             self._try(batch)
+        if whole or not self._on_cpu or len(self._plans) > 1:
+            self._add(batch, whole, first)
+            return
+        (plan,) = self._plans.values()
+        for part in batch.parts(parts_of(batch.size, plan.bytes_a_sample)):
+            self._add(part, part.size == 1, first)
+            first = False
+
+    def _add(self, batch: Batch, whole: bool, first: bool) -> None:
         self._make_room()
         outputs, graph, watch = watched(self._forward, batch, self._params)
         vectors = self._scores.vectors(outputs, batch)

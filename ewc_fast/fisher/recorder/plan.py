@@ -56,6 +56,7 @@ class Plan:
     slow: dict[str, str] = field(default_factory=dict)  # parameters it can't record, and why
     unused: set[str] = field(default_factory=set)
     keeps_graph: bool = True  # operations without a rule run their own backward pass later
+    bytes_a_sample: int = 0  # of the largest tensor between parameters and outputs
     _ends: list[Edge] | None = None
 
     def distrust(self, name: str, reason: str) -> None:
@@ -144,6 +145,7 @@ def make_plan(
             elif link[0] not in seen:
                 seen.add(link[0])
                 stack.append(link[0])
+    plan.bytes_a_sample = _largest(graph, layouts) // len(outputs)
     plan.dormant = {
         link: names for link in silent if (names := graph.parameters_below(link[0], seen))
     }
@@ -158,6 +160,15 @@ def make_plan(
     for family in plan.families:
         family.way = _way(family, graph, params)
     return plan
+
+
+def _largest(graph: Graph, layouts: Mapping[Edge, Found]) -> int:
+    """Return the bytes of the largest tensor that holds samples."""
+    return max(
+        shape_at(graph, edge).numel() * graph.nodes[edge[0]]._input_metadata[edge[1]].dtype.itemsize
+        for edge, found in layouts.items()
+        if isinstance(found, Regular)
+    )
 
 
 def _meets_complex_numbers(graph: Graph, plan: Plan) -> set[str]:

@@ -42,7 +42,7 @@ class Recorder:
         self._params, self._sums = params, sums
         self.unresolved: set[str] = set()  # parameters whose squares could not be taken
         self._layouts = self._find_layouts()
-        self._one_position: dict[Use, tuple[Outer, Tensor, Tensor, Tensor | None]] = {}
+        self._one_position: dict[Use, tuple[Outer, Tensor, Tensor | None]] = {}  # of squares
         self._kept: dict[Family, dict[Use, PerSample]] = {}
         self._pulled: dict[Family, Tensor] = {}
         self._waiting: list[tuple[Family, Use, Operand]] = []
@@ -65,11 +65,12 @@ class Recorder:
     @torch.no_grad()
     def _finish(self) -> None:
         """Add what waited for the last pass."""
-        for outer, squares, total, bias_total in self._one_position.values():
+        for use in [*self._one_position]:
+            squares, total, bias_total = self._one_position.pop(use)  # held no longer than needed
             if bias_total is not None:
-                bias_total.add_(squares.sum((0, 1)))
-            sum_of_passes = Outer.of(squares.sqrt_(), outer.input, outer.gradient_is_left)
-            sum_of_passes.add_squares(total)
+                bias_total.add_(squares.gradient.sum((0, 1)))
+            squares.gradient.sqrt_()
+            squares.add_squares(total)
         for family, total in self._pulled.items():
             stem = family.uses[0].stem
             for name, grad in zip(
@@ -183,9 +184,10 @@ class Recorder:
     ) -> None:
         gradient = outer.gradient.to(state_dtype(outer.gradient.dtype))
         if use in self._one_position:
-            self._one_position[use][1].addcmul_(gradient, gradient)
+            self._one_position[use][0].gradient.addcmul_(gradient, gradient)
         else:
-            self._one_position[use] = outer, gradient.square(), total, bias_total
+            squares = Outer.of(gradient.square(), outer.input, outer.gradient_is_left)
+            self._one_position[use] = squares, total, bias_total
 
     def _total(self, family: Family, use: Use) -> Tensor:
         """Return where the squares of one use are to be added."""
