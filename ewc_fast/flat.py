@@ -29,9 +29,10 @@ def flatten_parameters_(model: nn.Module) -> FlatParameters:
     zeros up to the next multiple of 64 elements, which every operation leaves zeros.
 
     Call it again after anything that gives parameters other memory, or changes which are trained:
-    ``model.to(...)``, ``requires_grad_``, new layers. It is not called between ``forward`` and
-    ``backward``. A copy (``copy.deepcopy``) of the model works, but isn't flat until flattened
-    itself. Frozen parameters stay where they are.
+    ``model.to(...)``, ``requires_grad_`` (both are noticed on use), parameters that are new or
+    replaced by others (these are not). Don't call it between ``forward`` and ``backward``. A copy
+    (``copy.deepcopy``) of the model works, but isn't flat until flattened itself. Frozen parameters
+    stay where they are.
 
     It can't flatten what others lay out: parameters under FSDP and other distributed or wrapped
     tensors (flatten before wrapping a model in DistributedDataParallel, without
@@ -142,14 +143,14 @@ class FlatParameters:
         Raises
         ------
         RuntimeError
-            As :attr:`params`, and for gradients that have a graph of their own
-            (``create_graph=True``).
+            As :attr:`params` where gradients have to be copied, and for gradients that have a graph
+            of their own (``create_graph=True``).
         TypeError
             For sparse gradients.
         """
-        self._check_still_flat()
         grads = gradients_of(self._moved)
         if grads is None or not all(map(operator.is_, grads, self._views)):
+            self._check_still_flat()
             self._bring_gradients_home()
         return list(self._grads)
 
@@ -222,21 +223,24 @@ class FlatParameters:
                     f"parameter {name!r} was frozen after it was flattened, so that its penalty "
                     "would still count; call flatten_parameters_ again"
                 )
-            if param.grad is not None:
-                _checks.kind(f"gradient of parameter {name!r}", param.grad)
-                if param.grad.requires_grad:
-                    raise RuntimeError(
-                        f"the gradient of parameter {name!r} has a graph (create_graph=True), "
-                        "which a flat buffer can't hold"
-                    )
+        grads = [param.grad for param in self._moved]
+        for name, grad in zip(self.names, grads, strict=True):
+            if grad is not None and (grad.requires_grad or grad.layout != torch.strided):
+                _checks.kind(f"gradient of parameter {name!r}", grad)
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} has a graph (create_graph=True), "
+                    "which a flat buffer can't hold"
+                )
         homes: list[Tensor] = []
         strays: list[Tensor] = []
-        for param, view in zip(self._moved, self._views, strict=True):
-            if param.grad is None:
+        for param, grad, view in zip(self._moved, grads, self._views, strict=True):
+            if grad is view:
+                continue
+            if grad is None:
                 view.zero_()
-            elif param.grad is not view:
+            else:
                 homes.append(view)
-                strays.append(param.grad)
+                strays.append(grad)
             param.grad = view
         if homes:
             torch._foreach_copy_(homes, strays)

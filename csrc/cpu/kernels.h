@@ -8,10 +8,11 @@
 
 namespace ewc_fast::cpu {
 
-// Where a chunk's elements stand among all of a call, for a Fisher that is rounded by chance.
+// What the rounding of an element by chance depends on. Loops over a chunk are given the first
+// element's and count on.
 struct Rounding {
-  std::uint32_t seed;   // of the row and the upper half of the elements' numbers
-  std::uint32_t first;  // lower half of the first element's number
+  std::uint32_t seed;     // of the row and the upper half of the element's number
+  std::uint32_t element;  // lower half of its number
 };
 
 // Indexed by the parameters' DType and whether the Fisher is bfloat16. The state (fisher, anchor)

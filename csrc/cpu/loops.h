@@ -44,15 +44,20 @@ inline __attribute__((always_inline)) double sum_terms(std::int64_t n, Term term
   return total;
 }
 
-// Writes element i of a chunk's Fisher: bfloat16 by chance, or small addends would be lost in it.
+template <class F>
+constexpr bool kByChance = false;
+template <>
+constexpr bool kByChance<bfloat16> = true;
+
+// Writes an element of the Fisher: bfloat16 by chance, or small addends would be lost in it.
 template <class S, class V>
-EWC_FAST_FORMULA void keep(S& fisher, V value, Rounding, std::int64_t) {
+EWC_FAST_FORMULA void keep(S& fisher, V value, Rounding) {
   fisher = static_cast<S>(value);
 }
 template <class V>
-EWC_FAST_FORMULA void keep(bfloat16& fisher, V value, Rounding rounding, std::int64_t i) {
-  const std::uint32_t element = rounding.first + static_cast<std::uint32_t>(i);
-  store_stochastically(fisher, static_cast<float>(value), random_bits(rounding.seed, element));
+EWC_FAST_FORMULA void keep(bfloat16& fisher, V value, Rounding rounding) {
+  const std::uint32_t random = random_bits(rounding.seed, rounding.element);
+  store_stochastically(fisher, static_cast<float>(value), random);
 }
 
 // T: of the parameters; F: of the Fisher.
@@ -108,7 +113,6 @@ template <class T, class F>
 void accumulate_square(void* fisher_, const void* grads_, std::int64_t n, std::int64_t samples,
                        std::int64_t sample_stride, double weight_, Rounding rounding) {
   using C = typename Types<T>::compute;
-  using S = typename Types<T>::state;
   constexpr std::int64_t kBlock = 1024;
   F* __restrict fisher = static_cast<F*>(fisher_);
   const T* __restrict grads = static_cast<const T*>(grads_);
@@ -123,8 +127,8 @@ void accumulate_square(void* fisher_, const void* grads_, std::int64_t n, std::i
     }
     for (std::int64_t i = 0; i < length; ++i) squares[i] *= weight;
     asm volatile("" : : "r"(squares) : "memory");  // the product is rounded also where there is FMA
-    for (std::int64_t i = begin; i < begin + length; ++i)
-      keep(fisher[i], load(fisher[i]) + squares[i - begin], rounding, i);
+    for (std::int64_t i = 0; i < length; ++i, ++rounding.element)
+      keep(fisher[begin + i], load(fisher[begin + i]) + squares[i], rounding);
   }
 }
 
@@ -137,15 +141,21 @@ double merge(void* fisher_, void* anchor_, void* residual_, const void* new_fish
   bfloat16* __restrict residual = static_cast<bfloat16*>(residual_);
   const S* __restrict new_fisher = static_cast<const S*>(new_fisher_);
   const T* __restrict param = static_cast<const T*>(param_);
-  return sum_terms<double>(n, [=](std::int64_t i) __attribute__((always_inline)) {
+  const double constant = sum_terms<double>(n, [=](std::int64_t i) __attribute__((always_inline)) {
     const double exact_anchor = double(anchor[i]) + load(residual[i]);
     const Merged merged =
         ewc_fast::merge(gamma, load(fisher[i]), exact_anchor, new_fisher[i], load(param[i]));
-    keep(fisher[i], merged.fisher, rounding, i);
+    if constexpr (!kByChance<F>) fisher[i] = static_cast<F>(merged.fisher);
     anchor[i] = static_cast<S>(merged.anchor);
     store(residual[i], static_cast<float>(merged.anchor - anchor[i]));
     return merged.constant;
   });
+  // From cache, in a loop of its own: with the random bits beside the sums, compilers would
+  // vectorise neither.
+  if constexpr (kByChance<F>)
+    for (std::int64_t i = 0; i < n; ++i, ++rounding.element)
+      keep(fisher[i], decayed_sum(gamma, load(fisher[i]), new_fisher[i]), rounding);
+  return constant;
 }
 
 template <class T, class F>
@@ -156,8 +166,8 @@ void merge_online(void* fisher_, void* anchor_, const void* new_fisher_, const v
   S* __restrict anchor = static_cast<S*>(anchor_);
   const S* __restrict new_fisher = static_cast<const S*>(new_fisher_);
   const T* __restrict param = static_cast<const T*>(param_);
-  for (std::int64_t i = 0; i < n; ++i) {
-    keep(fisher[i], decayed_sum(gamma, load(fisher[i]), new_fisher[i]), rounding, i);
+  for (std::int64_t i = 0; i < n; ++i, ++rounding.element) {
+    keep(fisher[i], decayed_sum(gamma, load(fisher[i]), new_fisher[i]), rounding);
     anchor[i] = load(param[i]);
   }
 }
