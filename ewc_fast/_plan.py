@@ -13,8 +13,9 @@ from ewc_fast._dispatch import Impl, choose
 from ewc_fast._native import core, cuda_unavailable, reader
 
 _PARAMS = Operand("params", "param")
-_FISHER = Operand("fisher", "state")
+_FISHER = Operand("fisher", "fisher")
 _ANCHOR = Operand("anchor", "state")
+_KEPT_FISHER = Operand("fisher", "fisher", written=True)
 
 ADD_PENALTY_GRAD = Operation(
     "add_penalty_grad_",
@@ -29,13 +30,13 @@ PENALTY_GRAD = Operation(
 )
 ACCUMULATE_SQUARE = Operation(
     "accumulate_square_",
-    (Operand("fisher", "state", written=True), Operand("grads", "param", stacked=True)),
+    (_KEPT_FISHER, Operand("grads", "param", stacked=True)),
     measure=0,
 )
 MERGE = Operation(
     "merge_",
     (
-        Operand("fisher", "state", written=True),
+        _KEPT_FISHER,
         Operand("anchor", "state", written=True),
         Operand("residual", "residual", written=True),
         Operand("new_fisher", "state"),
@@ -46,7 +47,7 @@ MERGE = Operation(
 MERGE_ONLINE = Operation(
     "merge_online_",
     (
-        Operand("fisher", "state", written=True),
+        _KEPT_FISHER,
         Operand("anchor", "state", written=True),
         Operand("new_fisher", "state"),
         _PARAMS,
@@ -65,7 +66,15 @@ class Group(NamedTuple):
 
     impl: Impl
     lists: Sequence[TensorList]
+    ordinals: Sequence[int]  # the rows' places in the call's lists
     core_plan: Any = None  # core.Plan, unless PyTorch runs the rows
+
+    def has_bfloat16_fisher(self) -> bool:
+        """Whether a Fisher, the first operand, is kept in bfloat16."""
+        if self.core_plan is not None:
+            found: bool = self.core_plan.has_bfloat16_fisher
+            return found
+        return any(fisher.dtype == torch.bfloat16 for fisher in self.lists[0])
 
 
 class Plan:
@@ -93,7 +102,7 @@ class Plan:
             and self._impl == requested
             and self._core_plan.refresh(*lists)
         ):
-            return [Group("cpu", lists, self._core_plan)]
+            return [Group("cpu", lists, range(len(lists[0])), self._core_plan)]
         self._operation = None
         groups = _validated_groups(operation, lists, requested, self._pinned)
         if len(groups) == 1 and groups[0].impl == "cpu":
@@ -109,7 +118,7 @@ def _validated_groups(
     if requested in ("auto", "cpu"):
         core_plan = _core_plan(operation, pinned)
         if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
-            return [Group("cpu", lists, core_plan)]
+            return [Group("cpu", lists, range(len(lists[0])), core_plan)]
     _checks.operands(operation, lists)
     why_no_cuda = cuda_unavailable() if requested == "cuda" else None
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
@@ -121,11 +130,11 @@ def _validated_groups(
     for (chosen, _), indices in rows.items():
         picked = [[tensors[i] for i in indices] for tensors in lists]
         if chosen == "reference":
-            groups.append(Group(chosen, picked))
+            groups.append(Group(chosen, picked, indices))
         else:
             native = _core_plan(operation, pinned)
-            native.adopt(*picked)
-            groups.append(Group(chosen, picked, native))
+            native.adopt(*picked, ordinals=indices)
+            groups.append(Group(chosen, picked, indices, native))
     return groups
 
 
