@@ -62,8 +62,8 @@ def job(
     """Describe what to compile.
 
     ``signature`` gives the types of the arguments (``"*fp32"``, ``"i64"``), ``constexprs`` the
-    values of all others, those with defaults too; ``divisible`` names the arguments (addresses or
-    integers) that are multiples of 16.
+    values of all others, those with defaults too (a dtype as ``"tl.float32"``); ``divisible`` names
+    the arguments (addresses or integers) that are multiples of 16.
     """
     return Job(
         kernel,
@@ -138,7 +138,8 @@ def _compile_here(wanted: dict) -> dict[str, int | str]:
 
     module, name = wanted["kernel"].split(":")
     function = getattr(import_module(module), name)
-    types, constants = dict(wanted["signature"]), dict(wanted["constexprs"])
+    types = dict(wanted["signature"])
+    constants = {name: _constant(value) for name, value in wanted["constexprs"]}
     given, arguments = {*types, *constants}, set(function.arg_names)
     if given != arguments or len(types) + len(constants) != len(given):
         raise ValueError(f"{name}: give each of {arguments ^ given} once")
@@ -167,6 +168,13 @@ def _compile_here(wanted: dict) -> dict[str, int | str]:
         "ptx": made.asm["ptx"],
         "sass": sass,
     }
+
+
+def _constant(value: Constant) -> object:
+    import triton.language
+
+    is_dtype = isinstance(value, str) and value.startswith("tl.")
+    return getattr(triton.language, value.removeprefix("tl.")) if is_dtype else value
 
 
 def _dump(option: str, cubin: Path) -> str:
