@@ -123,7 +123,7 @@ class Table:
         """Return the launches: one for each combination of dtypes."""
         kinds: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, row in enumerate(tensors):
-            if self.rows[i].numel > 0:
+            if self.rows[i].numel * self.rows[i].samples > 0:
                 kinds.setdefault(tuple(t.dtype for t in row), []).append(i)
         launches: list[Launch] = []
         first = 0
