@@ -9,7 +9,6 @@ from ewc_fast import _triton, functional
 from ewc_fast._dispatch import choose
 from ewc_fast._native import core, cuda_unavailable
 
-
 LIST, PRODUCT = "add_penalty_grad_", "accumulate_squared_product_"
 
 

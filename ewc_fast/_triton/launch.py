@@ -42,26 +42,28 @@ def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tens
         partial = torch.empty(1 + table.chunks, dtype=torch.float64, device=table.device)
     with _current(table.device):
         for launch in table.launches:
-            start = _one_row if len(launch.rows) == 1 else _several_rows
-            start(table, launch, (partial, launch.first_chunk, coefficient, seed), operation)
+            _start(operation, table, launch, partial, (coefficient, seed))
         if partial is None:
             return None
         kernels.sum_partials[(1,)](partial, table.chunks, factor, BLOCK=_SUM_BLOCK, num_warps=8)
     return partial[0]
 
 
-
-def _one_row(table: Table, launch: Launch, arguments: tuple[Any, ...], operation: str) -> None:
-    addresses, row, is_aligned = table.only_row(launch)
-    kernels.over_one_row[(launch.chunks,)](
-        *addresses, *row, *arguments, ALIGNED=is_aligned, **constants(operation, launch), **_OPTIONS
-    )
-
-
-def _several_rows(table: Table, launch: Launch, arguments: tuple[Any, ...], operation: str) -> None:
-    kernels.over_rows[(launch.chunks,)](
-        *table.on_device(), *arguments, **constants(operation, launch), **_OPTIONS
-    )
+def _start(
+    operation: str, table: Table, launch: Launch, partial: Tensor | None, scalars: tuple[float, int]
+) -> None:
+    fixed = constants(operation, launch) | _OPTIONS
+    on_device = table.on_device() if len(launch.rows) > 1 else None
+    if on_device is not None:
+        kernels.over_rows[(launch.chunks,)](
+            *on_device, partial, launch.first_chunk, *scalars, **fixed
+        )
+        return
+    for single in table.one_by_one(launch):
+        addresses, row, aligned = table.only_row(single)
+        kernels.over_one_row[(single.chunks,)](
+            *addresses, *row, partial, single.first_chunk, *scalars, aligned, **fixed
+        )
 
 
 def constants(operation: str, launch: Launch) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def _load(pointer, at, mask, like):
 
 @triton.jit
 def _store(pointer, at, mask, value):
-    """Store elements, rounded to nearest."""
+    """Store elements, rounded to nearest; from float64 to bfloat16 by way of float32."""
+    if pointer.dtype.element_ty == tl.bfloat16 and value.dtype == tl.float64:
+        value = value.to(tl.float32)
     value = value.to(pointer.dtype.element_ty)
     if mask is None:
         tl.store(pointer + at, value)

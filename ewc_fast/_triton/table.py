@@ -1,14 +1,15 @@
 """Where a call's tensors are: the table that the kernels read, kept on the device between calls.
 
 The i-th tensors of all lists are a row. A launch takes the rows of one combination of dtypes; in
-the table each row has a record, and each chunk of it an entry that names both. Addresses are taken
-over when one has changed, in one copy from pinned memory that nobody waits for; all else depends
-on shapes alone. A launch with one row needs no table, as its addresses are arguments.
+the table each row has a record, and each chunk of it an entry that names both. The records are
+copied to the device when an address has changed, from pinned memory and without waiting; all else
+depends on shapes alone. A launch with one row needs no table, as its addresses are arguments. While
+a CUDA graph is captured nothing is copied: rows that are not on the device are launched one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ class Table:
         self._addresses: list[list[int]] = []
         self._aligned: dict[int, int] = {}
         self._records: Tensor | None = None
-        self._chunks: Tensor | None = None
+        self._entries: Tensor | None = None
+        self._is_current = False  # whether the records on the device have the latest addresses
         self._is_read_by_graph = False
         self.take([[t.data_ptr() for t in row] for row in tensors])
 
@@ -81,31 +83,30 @@ class Table:
         self._aligned = {
             i: self._is_aligned(i, launch) for launch in self.launches for i in launch.rows
         }
-        if all(len(launch.rows) == 1 for launch in self.launches):
-            return
-        assert self.device is not None
-        if _capturing(self.device):
-            raise RuntimeError(
-                "a CUDA graph is being captured, but the tensors' addresses are not yet on the "
-                "device: run the call once before the capture, on the same tensors and with the "
-                "same plan (keep gradients: zero_grad(set_to_none=False)), or flatten them into "
-                "one buffer, or use impl='cuda'"
-            )
-        if self._chunks is None:
-            self._chunks = _upload(self._entries(), self.device)
-        records = torch.tensor([self._record(i) for i in range(len(addresses))], dtype=torch.int64)
-        if self._records is None or self._is_read_by_graph:
-            self._records, self._is_read_by_graph = _upload(records, self.device), False
-        else:
-            self._records.copy_(_staged(records, self.device), non_blocking=True)
+        self._is_current = False
 
-    def on_device(self) -> tuple[Tensor, Tensor]:
-        """Return records and chunks, for a launch with several rows."""
-        assert self.device is not None and self._records is not None and self._chunks is not None
-        if not self._is_read_by_graph and _capturing(self.device):
+    def on_device(self) -> tuple[Tensor, Tensor] | None:
+        """Return records and the chunks' entries; None where they can't be copied now."""
+        assert self.device is not None
+        capturing = _capturing(self.device)
+        if not self._is_current:
+            if capturing:
+                return None
+            self._copy_records(self.device)
+        assert self._records is not None
+        assert self._entries is not None
+        if capturing and not self._is_read_by_graph:
             self._is_read_by_graph = True
-            self.read_by_graphs += [self._records, self._chunks]
-        return self._records, self._chunks
+            self.read_by_graphs += [self._records, self._entries]
+        return self._records, self._entries
+
+    def one_by_one(self, launch: Launch) -> Iterator[Launch]:
+        """Split a launch into one for each row."""
+        first = launch.first_chunk
+        for row in launch.rows:
+            chunks = _chunks_of(self.rows[row])
+            yield Launch(launch.dtypes, [row], first, chunks)
+            first += chunks
 
     def only_row(self, launch: Launch) -> tuple[list[int], Row, int]:
         """Return addresses and shape of a launch's one row, and whether it is aligned (1 or 0)."""
@@ -133,7 +134,17 @@ class Table:
             first += chunks
         return launches
 
-    def _entries(self) -> Tensor:
+    def _copy_records(self, device: torch.device) -> None:
+        records = torch.tensor([self._record(i) for i in range(len(self.rows))], dtype=torch.int64)
+        if self._entries is None:
+            self._entries = _upload(self._entries_of_chunks(), device)
+        if self._records is None or self._is_read_by_graph:
+            self._records, self._is_read_by_graph = _upload(records, device), False
+        else:
+            self._records.copy_(_staged(records, device), non_blocking=True)
+        self._is_current = True
+
+    def _entries_of_chunks(self) -> Tensor:
         """Return which chunk of which row each program works on."""
         return torch.cat(
             [
