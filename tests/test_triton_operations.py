@@ -34,7 +34,10 @@ LAMBDA = 2.7
 LONG = {"thousands_of_tiny", "one_large", "threads_get_unequal_tensors"} if DEVICE == "cpu" else {}
 FITTING = {
     name: make for name, make in LAYOUTS.items() if name not in {"strided_with_gaps", *LONG}
-} | {"many_tiny": lambda dtype: [torch.randn(3).to(dtype) for _ in range(40)]}
+} | {
+    "many_tiny": lambda dtype: [torch.randn(3).to(dtype) for _ in range(40)],
+    "empty_among_others": lambda dtype: [torch.randn(n).to(dtype) for n in (3, 0, 1030, 0)],
+}
 every_layout = pytest.mark.parametrize(
     "make", [pytest.param(make, id=name) for name, make in FITTING.items()]
 )

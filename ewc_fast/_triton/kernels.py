@@ -29,7 +29,7 @@ _CHUNK = tl.constexpr(table.CHUNK)
 def over_rows(
     records,  # (rows, COLUMNS) int64
     chunks,  # int64: row << 32 | chunk of the row
-    partial,  # float64, or None where the operation has no value; [0] is left for their sum
+    partial,  # float64, or None where the operation has no value
     first_chunk: tl.int64,
     coefficient: tl.float64,
     seed: tl.uint32,
@@ -72,7 +72,7 @@ def over_rows(
         D4,
     )
     if partial is not None:
-        tl.store(partial + 1 + index, total)
+        tl.store(partial + index, total)
 
 
 # The addresses are arguments and not a table's: then no memory has to be written first when one
@@ -135,17 +135,17 @@ def over_one_row(
         D4,
     )
     if partial is not None:
-        tl.store(partial + 1 + first_chunk + chunk, total)
+        tl.store(partial + first_chunk + chunk, total)
 
 
 @triton.jit(do_not_specialize=["count"])
-def sum_partials(partial, count: tl.int64, factor: tl.float64, BLOCK: tl.constexpr):
-    """``partial[0] = factor * (partial[1] + ... + partial[count])``, in one program."""
+def sum_partials(partial, value, count: tl.int64, factor: tl.float64, BLOCK: tl.constexpr):
+    """``value = factor * (partial[0] + ... + partial[count - 1])``, in one program."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, count, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + 1 + at, mask=at < count, other=0.0)
-    tl.store(partial, tl.full((), factor, tl.float64) * tl.sum(total))
+        total += tl.load(partial + at, mask=at < count, other=0.0)
+    tl.store(value, tl.full((), factor, tl.float64) * tl.sum(total))
 
 
 @triton.jit

@@ -36,17 +36,21 @@ def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tens
 
     A float64 scalar on the device; nobody waits for it.
     """
-    factor = _FACTORS.get(operation)
-    partial = None
-    if factor is not None:
-        partial = torch.empty(1 + table.chunks, dtype=torch.float64, device=table.device)
+    partial = value = None
+    if operation in _FACTORS:
+        # Apart, so that whoever keeps the value does not keep the sums that led to it.
+        partial, value = (
+            torch.empty(shape, dtype=torch.float64, device=table.device)
+            for shape in ((table.chunks,), ())
+        )
     with _current(table.device):
         for launch in table.launches:
             _start(operation, table, launch, partial, (coefficient, seed))
-        if partial is None:
-            return None
-        kernels.sum_partials[(1,)](partial, table.chunks, factor, BLOCK=_SUM_BLOCK, num_warps=8)
-    return partial[0]
+        if value is not None:
+            kernels.sum_partials[(1,)](
+                partial, value, table.chunks, _FACTORS[operation], BLOCK=_SUM_BLOCK, num_warps=8
+            )
+    return value
 
 
 def _start(

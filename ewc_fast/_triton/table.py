@@ -155,7 +155,7 @@ class Table:
         )
 
     def _record(self, row: int) -> list[int]:
-        return [*_padded(self._addresses[row]), *self.rows[row], self._aligned[row]]
+        return [*_padded(self._addresses[row]), *self.rows[row], self._aligned.get(row, 0)]
 
     def _is_aligned(self, row: int, launch: Launch) -> int:
         """Whether threads can move whole vectors of every operand: 1 or 0."""
