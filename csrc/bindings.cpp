@@ -25,8 +25,10 @@ namespace {
 Role role_of(const std::string& name) {
   if (name == "param") return Role::parameter;
   if (name == "state") return Role::state;
+  if (name == "fisher") return Role::fisher;
   if (name == "residual") return Role::residual;
-  throw std::invalid_argument("role must be 'param', 'state' or 'residual', got '" + name + "'");
+  throw std::invalid_argument("role must be 'param', 'state', 'fisher' or 'residual', got '" +
+                              name + "'");
 }
 
 // name, role, written, stacked, pinned
@@ -104,15 +106,30 @@ std::vector<std::vector<std::uintptr_t>> addresses_of(const Plan& plan) {
   return addresses;
 }
 
+ewc_fast::cpu::Run cpu_run(const Plan& plan, int threads, std::size_t level) {
+  for (const auto& row : plan.table().rows)
+    if (row.device >= 0) throw std::invalid_argument("a CPU operation was given a CUDA tensor");
+  return {*ewc_fast::cpu::runnable_levels().at(level), threads};
+}
+
 // Binds a CPU operation: it runs over the plan's table without the interpreter lock.
 template <class Operation>
 auto on_cpu(Operation operation) {
   return [operation](const Plan& plan, double coefficient, int threads, std::size_t level) {
-    for (const auto& row : plan.table().rows)
-      if (row.device >= 0) throw std::invalid_argument("a CPU operation was given a CUDA tensor");
-    const auto& kernels = *ewc_fast::cpu::runnable_levels().at(level);
+    const auto run = cpu_run(plan, threads, level);
     const py::gil_scoped_release unlocked;
-    return operation(plan.table(), ewc_fast::cpu::Run{kernels, threads}, coefficient);
+    return operation(plan.table(), run, coefficient);
+  };
+}
+
+// The same for one that writes a Fisher, which it rounds by this seed where it is bfloat16.
+template <class Operation>
+auto rounding_on_cpu(Operation operation) {
+  return [operation](const Plan& plan, double coefficient, int threads, std::size_t level,
+                     std::uint32_t seed) {
+    const auto run = cpu_run(plan, threads, level);
+    const py::gil_scoped_release unlocked;
+    return operation(plan.table(), run, coefficient, seed);
   };
 }
 
@@ -147,7 +164,8 @@ PYBIND11_MODULE(_core, m) {
       .def("addresses", &addresses_of)
       .def("refresh", &Plan::refresh)
       .def("accepts", &Plan::accepts)
-      .def("adopt", &Plan::adopt);
+      .def("adopt", &Plan::adopt, py::arg("ordinals") = std::vector<std::int64_t>{})
+      .def_property_readonly("has_bfloat16_fisher", &Plan::has_bfloat16_fisher);
 
   py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<py::type>(), py::arg("tensor_type"))
@@ -160,10 +178,14 @@ PYBIND11_MODULE(_core, m) {
   def("add_penalty_grad", ewc_fast::cpu::add_penalty_grad);
   def("penalty", ewc_fast::cpu::penalty);
   def("penalty_grad", ewc_fast::cpu::penalty_grad);
-  def("accumulate_square", ewc_fast::cpu::accumulate_square);
-  def("merge", ewc_fast::cpu::merge);
-  def("merge_online", ewc_fast::cpu::merge_online);
   def("proximal_step", ewc_fast::cpu::proximal_step);
+  const auto def_rounding = [&m](const char* name, auto operation) {
+    m.def(name, rounding_on_cpu(operation), py::arg("plan"), py::arg("coefficient"),
+          py::arg("threads"), py::arg("level") = 0, py::arg("seed") = 0);
+  };
+  def_rounding("accumulate_square", ewc_fast::cpu::accumulate_square);
+  def_rounding("merge", ewc_fast::cpu::merge);
+  def_rounding("merge_online", ewc_fast::cpu::merge_online);
 
   m.def(
       "squared_product",

@@ -48,10 +48,11 @@ bool same_layout(const TensorView& view, std::size_t first_dim, const TensorView
   return true;
 }
 
-DType expected_dtype(Role role, DType param) {
-  if (role == Role::parameter) return param;
-  if (role == Role::residual) return DType::bfloat16;
-  return param == DType::float64 ? DType::float64 : DType::float32;
+bool fits(DType dtype, Role role, DType param) {
+  if (role == Role::parameter) return dtype == param;
+  if (role == Role::residual) return dtype == DType::bfloat16;
+  if (param == DType::float64) return dtype == DType::float64;
+  return dtype == DType::float32 || (role == Role::fisher && dtype == DType::bfloat16);
 }
 
 }  // namespace
@@ -104,7 +105,12 @@ bool Plan::accepts(const py::args& lists) {
   return adopted_;
 }
 
-void Plan::adopt(const py::args& lists) {
+bool Plan::has_bfloat16_fisher() const {
+  return std::any_of(table_.rows.begin(), table_.rows.end(),
+                     [](const Row& row) { return row.fisher == DType::bfloat16; });
+}
+
+void Plan::adopt(const py::args& lists, const std::vector<std::int64_t>& ordinals) {
   adopted_ = false;
   if (lists.size() != specs_.size()) throw std::invalid_argument("wrong number of operand lists");
   rows_ = py::len(lists[0]);
@@ -119,7 +125,11 @@ void Plan::adopt(const py::args& lists) {
     }
   }
   table_ = {};
-  for (std::size_t row = 0; row < rows_; ++row) table_.rows.push_back(make_row(row));
+  for (std::size_t row = 0; row < rows_; ++row) {
+    table_.rows.push_back(make_row(row));
+    table_.rows.back().ordinal =
+        ordinals.empty() ? static_cast<std::int64_t>(row) : ordinals.at(row);
+  }
   check_written_apart();
   table_.chunks = make_chunks(table_.rows, cpu::kChunk);
   for (const Row& row : table_.rows) table_.elements += row.numel;
@@ -144,8 +154,9 @@ Row Plan::make_row(std::size_t row) const {
     const std::size_t stacked = specs_[operand].stacked && tensor.ndim() == layout.ndim() + 1;
     if (!same_layout(tensor, stacked, layout)) refuse(operand, row, "its shape or strides differ");
     if (tensor.device != made.device) refuse(operand, row, "it is on another device");
-    if (tensor.dtype != expected_dtype(specs_[operand].role, made.dtype))
+    if (!fits(tensor.dtype, specs_[operand].role, made.dtype))
       refuse(operand, row, "its dtype does not fit the parameters'");
+    if (specs_[operand].role == Role::fisher) made.fisher = tensor.dtype;
     if (stacked) {
       made.samples = tensor.size(0);
       made.sample_stride = tensor.stride(0);

@@ -9,8 +9,9 @@
 namespace ewc_fast {
 
 // What the core demands of an operand's dtype: the parameters' own; float for the state (double
-// beside double parameters); bfloat16 for the residual.
-enum class Role : std::uint8_t { parameter, state, residual };
+// beside double parameters); the state's or, beside other parameters than double, bfloat16 for the
+// Fisher; bfloat16 for the residual.
+enum class Role : std::uint8_t { parameter, state, fisher, residual };
 
 struct OperandSpec {
   std::string name;  // for messages
@@ -31,8 +32,12 @@ class Plan {
   // finds out why and says it in the user's words.
   bool accepts(const pybind11::args& lists);
   // Builds the table; throws where kernels could touch memory that the operands do not own.
-  void adopt(const pybind11::args& lists);
+  // `ordinals` are the rows' places in the call where the lists are only a part of it.
+  void adopt(const pybind11::args& lists, const std::vector<std::int64_t>& ordinals = {});
 
+  // Whether a Fisher of the adopted rows is bfloat16, which operations that write it round by
+  // chance.
+  bool has_bfloat16_fisher() const;
   const Table& table() const { return table_; }
   // How often `refresh` has found new addresses: whoever keeps a copy sees when it is stale.
   std::int64_t moves() const { return moves_; }

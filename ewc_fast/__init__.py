@@ -13,7 +13,16 @@ from importlib.metadata import version as _version
 from ewc_fast import functional
 from ewc_fast.ewc import EWC
 from ewc_fast.fisher import fisher_diagonal, fisher_report
+from ewc_fast.flat import FlatParameters, flatten_parameters_
 from ewc_fast.optim import EWCOptimizer
 
 __version__ = _version("ewc-fast")
-__all__ = ["EWC", "EWCOptimizer", "fisher_diagonal", "fisher_report", "functional"]
+__all__ = [
+    "EWC",
+    "EWCOptimizer",
+    "FlatParameters",
+    "fisher_diagonal",
+    "fisher_report",
+    "flatten_parameters_",
+    "functional",
+]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,31 +40,49 @@ def run(
     lists: Sequence[TensorList],
     coefficient: float,
     *,
-    native: Callable[[Any, float, int], float | None],
+    native: Callable[..., float | None],
     in_pytorch: Callable[..., Tensor | None],
     impl: Impl = "auto",
     plan: Plan | None = None,
+    seed: int | None = None,
 ) -> list[float | Tensor]:
-    """Run one operation over all groups; return each group's value, where it has one."""
+    """Run one operation over all groups; return each group's value, where it has one.
+
+    ``seed`` is of operations that write a Fisher, and used where that is bfloat16.
+    """
     groups = (plan or Plan()).groups(operation, lists, impl)
+    rounding: dict[str, int] = {}
+    if operation.rounds:
+        rounding["seed"] = _resolved_seed(groups, seed)
     values: list[float | Tensor] = []
     for group in groups:
         if group.impl == "cpu":
             value: float | Tensor | None = native(
-                group.core_plan, coefficient, torch.get_num_threads()
+                group.core_plan, coefficient, torch.get_num_threads(), **rounding
             )
             _mark_written(operation, group.lists)
         elif group.impl == "cuda":
             value = _run_cuda(operation, group, coefficient)
             _mark_written(operation, group.lists)
         elif group.impl == "triton":
-            value = _run_triton(operation, group, coefficient)
+            value = _run_triton(operation, group, coefficient, **rounding)
             _mark_written(operation, group.lists)
+        elif operation.rounds:
+            value = in_pytorch(*group.lists, **rounding, ordinals=group.ordinals)
         else:
             value = in_pytorch(*group.lists)
         if value is not None:
             values.append(value)
     return values
+
+
+def _resolved_seed(groups: Sequence[Group], seed: int | None) -> int:
+    """Return the call's seed. None is drawn only where used: users' random state stays theirs."""
+    if seed is not None:
+        return seed
+    if not any(group.has_bfloat16_fisher() for group in groups):
+        return 0
+    return int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
 
 
 def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
@@ -83,11 +100,13 @@ def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
     return value
 
 
-def _run_triton(operation: Operation, group: Group, coefficient: float) -> Tensor | None:
+def _run_triton(
+    operation: Operation, group: Group, coefficient: float, seed: int = 0
+) -> Tensor | None:
     from ewc_fast._triton import launch  # loads Triton
 
     assert group.table is not None
-    return launch.run(operation.name, group.table, coefficient)
+    return launch.run(operation.name, group.table, coefficient, seed)
 
 
 def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
@@ -173,6 +192,7 @@ def accumulate_square_(
     fisher: TensorList,
     grads: TensorList,
     weight: float,
+    seed: int | None = None,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> None:
@@ -185,6 +205,7 @@ def accumulate_square_(
         in_pytorch=partial(reference.accumulate_square_, weight=weight),
         impl=impl,
         plan=plan,
+        seed=seed,
     )
 
 
@@ -195,6 +216,7 @@ def merge_(
     new_fisher: TensorList,
     params: TensorList,
     gamma: float,
+    seed: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """See :func:`ewc_fast.functional.merge_`."""
@@ -205,6 +227,7 @@ def merge_(
         native=core.merge,
         in_pytorch=partial(reference.merge_, gamma=gamma),
         impl=impl,
+        seed=seed,
     )
     return _scalar(values, params)
 
@@ -215,6 +238,7 @@ def merge_online_(
     new_fisher: TensorList,
     params: TensorList,
     gamma: float,
+    seed: int | None = None,
     impl: Impl = "auto",
 ) -> None:
     """See :func:`ewc_fast.functional.merge_online_`."""
@@ -225,6 +249,7 @@ def merge_online_(
         native=core.merge_online,
         in_pytorch=partial(reference.merge_online_, gamma=gamma),
         impl=impl,
+        seed=seed,
     )
 
 

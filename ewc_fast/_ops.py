@@ -21,17 +21,21 @@ _SCHEMAS = {
     "penalty": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) -> Tensor",
     "add_penalty_grad_": "(Tensor(a!)[] grads, Tensor[] params, Tensor[] fisher, Tensor[] anchor, "
     "float ewc_lambda) -> Tensor",
-    "accumulate_square_": "(Tensor(a!)[] fisher, Tensor[] grads, float weight) -> ()",
+    "accumulate_square_": "(Tensor(a!)[] fisher, Tensor[] grads, float weight, "
+    "SymInt? seed=None) -> ()",
     "merge_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor(c!)[] residual, "
-    "Tensor[] new_fisher, Tensor[] params, float gamma) -> Tensor",
+    "Tensor[] new_fisher, Tensor[] params, float gamma, SymInt? seed=None) -> Tensor",
     "merge_online_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor[] new_fisher, "
-    "Tensor[] params, float gamma) -> ()",
+    "Tensor[] params, float gamma, SymInt? seed=None) -> ()",
     "proximal_step_": "(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, "
     "float ewc_lambda, float lr) -> ()",
 }
 
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _tags = [torch.Tag.pt2_compliant_tag]
+    if "seed" in _schema:  # drawn when the operator runs, as in an eager call
+        _tags.append(torch.Tag.nondeterministic_seeded)
+    _library.define(_name + _schema, tags=_tags)
     _library.impl(_name, getattr(_engine, _name), "CompositeExplicitAutograd")
 
 

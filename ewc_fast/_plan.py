@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ewc_fast._triton.table import Table
 
 _PARAMS = Operand("params", "param")
-_FISHER = Operand("fisher", "state")
+_FISHER = Operand("fisher", "fisher")
 _ANCHOR = Operand("anchor", "state")
+_KEPT_FISHER = Operand("fisher", "fisher", written=True)
 
 ADD_PENALTY_GRAD = Operation(
     "add_penalty_grad_",
@@ -33,13 +34,13 @@ PENALTY_GRAD = Operation(
 )
 ACCUMULATE_SQUARE = Operation(
     "accumulate_square_",
-    (Operand("fisher", "state", written=True), Operand("grads", "param", stacked=True)),
+    (_KEPT_FISHER, Operand("grads", "param", stacked=True)),
     measure=0,
 )
 MERGE = Operation(
     "merge_",
     (
-        Operand("fisher", "state", written=True),
+        _KEPT_FISHER,
         Operand("anchor", "state", written=True),
         Operand("residual", "residual", written=True),
         Operand("new_fisher", "state"),
@@ -50,7 +51,7 @@ MERGE = Operation(
 MERGE_ONLINE = Operation(
     "merge_online_",
     (
-        Operand("fisher", "state", written=True),
+        _KEPT_FISHER,
         Operand("anchor", "state", written=True),
         Operand("new_fisher", "state"),
         _PARAMS,
@@ -69,8 +70,16 @@ class Group(NamedTuple):
 
     impl: Impl
     lists: Sequence[TensorList]
+    ordinals: Sequence[int]  # the rows' places in the call's lists
     core_plan: Any = None  # core.Plan, unless PyTorch runs the rows
     table: Table | None = None  # what Triton's kernels read
+
+    def has_bfloat16_fisher(self) -> bool:
+        """Whether a Fisher, the first operand, is kept in bfloat16."""
+        if self.core_plan is not None:
+            found: bool = self.core_plan.has_bfloat16_fisher
+            return found
+        return any(fisher.dtype == torch.bfloat16 for fisher in self.lists[0])
 
 
 class Plan:
@@ -130,7 +139,7 @@ def _validated_groups(
     if requested in ("auto", "cpu"):
         core_plan = _core_plan(operation, pinned)
         if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
-            return [Group("cpu", lists, core_plan)]
+            return [Group("cpu", lists, range(len(lists[0])), core_plan)]
     _checks.operands(operation, lists)
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
     reasons = {tensor.device.type: _reasons(tensor.device.type) for tensor in lists[0]}
@@ -143,12 +152,12 @@ def _validated_groups(
     for (chosen, _), indices in rows.items():
         picked = [[tensors[i] for i in indices] for tensors in lists]
         if chosen == "reference":
-            groups.append(Group(chosen, picked))
+            groups.append(Group(chosen, picked, indices))
         else:
             native = _core_plan(operation, pinned)
-            native.adopt(*picked)
+            native.adopt(*picked, ordinals=indices)
             table = _table(operation, picked, indices) if chosen == "triton" else None
-            groups.append(Group(chosen, picked, native, table))
+            groups.append(Group(chosen, picked, indices, native, table))
     return groups
 
 

@@ -4,6 +4,13 @@ All lists run in parallel: entry ``i`` of each belongs to parameter ``i``. Arith
 state's dtype (float32; float64 for float64 parameters), in float64 for the merge. The formulas are
 those of ``csrc/math.h``; the compiled operations are tested against this module.
 
+A Fisher in bfloat16 is computed with in the anchor's dtype and, where it is written, rounded by
+chance (:func:`round_stochastically`): the sum in float32 (from float64 in a merge) goes to one of
+the two neighbours in bfloat16, to the upper one with the probability of the part that is dropped.
+The random bits of element ``i`` of a row are ``random_bits(random_bits(seed, ordinal), i)``, with
+the row's place in the call's lists and the element's place in the row's memory (where the row has
+gaps: without counting them).
+
 ==============  =====================================================================
 penalty         :math:`\frac\lambda2 \sum_i F_i (\theta_i - a_i)^2`
 its gradient    :math:`\lambda F_i (\theta_i - a_i)`
@@ -19,12 +26,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
+Bits = TypeVar("Bits", int, Tensor)
+
+_32_BITS = 0xFFFFFFFF
 
 
 def penalty(params: Tensors, fisher: Tensors, anchor: Tensors, *, ewc_lambda: float) -> Tensor:
@@ -41,7 +52,8 @@ def penalty_grad(
 ) -> list[Tensor]:
     """Return the penalty's gradient, in the state's dtype."""
     return [
-        ewc_lambda * f * (p.to(f.dtype) - a) for p, f, a in zip(params, fisher, anchor, strict=True)
+        ewc_lambda * f.to(a.dtype) * (p.to(a.dtype) - a)
+        for p, f, a in zip(params, fisher, anchor, strict=True)
     ]
 
 
@@ -58,11 +70,20 @@ def add_penalty_grad_(
 
 
 @torch.no_grad()
-def accumulate_square_(fisher: Tensors, grads: Tensors, *, weight: float) -> None:
+def accumulate_square_(
+    fisher: Tensors,
+    grads: Tensors,
+    *,
+    weight: float,
+    seed: int = 0,
+    ordinals: Sequence[int] | None = None,
+) -> None:
     """Add ``weight`` times the squared gradients, summed over a leading sample dimension."""
-    for f, g in zip(fisher, grads, strict=True):
-        squares = g.to(f.dtype).square()
-        f.add_(squares.sum(0) if g.dim() > f.dim() else squares, alpha=weight)
+    for f, g, ordinal in zip(fisher, grads, ordinals or range(len(fisher)), strict=True):
+        compute = torch.float32 if f.dtype == torch.bfloat16 else f.dtype
+        squares = g.to(compute).square()
+        squares = squares.sum(0) if g.dim() > f.dim() else squares
+        _keep(f, f.to(compute) + weight * squares, seed, ordinal)
 
 
 @torch.no_grad()
@@ -74,13 +95,16 @@ def merge_(
     params: Tensors,
     *,
     gamma: float,
+    seed: int = 0,
+    ordinals: Sequence[int] | None = None,
 ) -> Tensor:
     """Merge a new quadratic into the kept one; return the constant it leaves, a float64 scalar.
 
     ``anchor + residual`` is the exact anchor: the residual keeps what ``anchor``'s dtype drops.
     """
     constants = []
-    for f, a, r, n, p in zip(fisher, anchor, residual, new_fisher, params, strict=True):
+    rows = zip(fisher, anchor, residual, new_fisher, params, strict=True)
+    for (f, a, r, n, p), ordinal in zip(rows, ordinals or range(len(fisher)), strict=True):
         kept = gamma * f.double()
         total = kept + n.double()
         exact = a.double() + r.double()
@@ -88,7 +112,7 @@ def merge_(
         share = torch.where(kept > 0, n.double() / total, 1.0)
         merged = torch.where(kept > 0, exact + share * distance, p.double())
         constants.append((0.5 * share * kept * distance.square()).sum())
-        f.copy_(total)
+        _keep(f, total, seed, ordinal)
         a.copy_(merged)
         r.copy_((merged - a.double()).float())
     return _sum(constants)
@@ -96,11 +120,19 @@ def merge_(
 
 @torch.no_grad()
 def merge_online_(
-    fisher: Tensors, anchor: Tensors, new_fisher: Tensors, params: Tensors, *, gamma: float
+    fisher: Tensors,
+    anchor: Tensors,
+    new_fisher: Tensors,
+    params: Tensors,
+    *,
+    gamma: float,
+    seed: int = 0,
+    ordinals: Sequence[int] | None = None,
 ) -> None:
     """Decay and add the Fisher; move the anchor to the parameters."""
-    for f, a, n, p in zip(fisher, anchor, new_fisher, params, strict=True):
-        f.copy_(gamma * f.double() + n.double())
+    rows = zip(fisher, anchor, new_fisher, params, strict=True)
+    for (f, a, n, p), ordinal in zip(rows, ordinals or range(len(fisher)), strict=True):
+        _keep(f, gamma * f.double() + n.double(), seed, ordinal)
         a.copy_(p)
 
 
@@ -110,8 +142,8 @@ def proximal_step_(
 ) -> None:
     """Move ``params`` to the minimum of the penalty plus their squared distance over 2 lr."""
     for p, f, a in zip(params, fisher, anchor, strict=True):
-        strength = lr * ewc_lambda * f
-        theta = p.to(f.dtype)
+        strength = lr * ewc_lambda * f.to(a.dtype)
+        theta = p.to(a.dtype)
         p.copy_(theta - (theta - a) / (1 + 1 / strength))
 
 
@@ -155,6 +187,44 @@ def accumulate_squared_convolution_(
         weights[:, :, index].add_(squares.flatten(0, 1))
     if bias_total is not None:
         bias_total.add_(g.sum(3).square().sum(0).flatten())
+
+
+def random_bits(seed: int, element: Bits) -> Bits:
+    """Return 32 bits that depend on the seed and the element alone (murmur3's finaliser).
+
+    Tensors are int64. Their products wrap around, which leaves the lowest 32 bits right.
+    """
+    bits = seed ^ (element * 0x9E3779B1 & _32_BITS) ^ ((element >> 32) * 0x7FEB352D & _32_BITS)
+    bits = (bits ^ bits >> 16) * 0x85EBCA6B & _32_BITS
+    bits = (bits ^ bits >> 13) * 0xC2B2AE35 & _32_BITS
+    return bits ^ bits >> 16
+
+
+def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
+    """Round float32 to the bfloat16 below or above, above with probability of what is dropped.
+
+    ``random`` holds 32 random bits for each element. NaN and infinity stay what they are.
+    """
+    bits = values.view(torch.int32).long() & _32_BITS
+    rounded = bits + (random & 0xFFFF) >> 16
+    quiet_nan = bits >> 16 | 0x40
+    kept = torch.where(values.isnan(), quiet_nan, rounded)
+    return kept.to(torch.int16).view(torch.bfloat16)
+
+
+def _keep(fisher: Tensor, value: Tensor, seed: int, ordinal: int) -> None:
+    """Write a Fisher: rounded by chance to bfloat16, else to nearest."""
+    if fisher.dtype == torch.bfloat16:
+        random = random_bits(random_bits(seed, ordinal), _places_in_memory(fisher))
+        value = round_stochastically(value.float(), random)
+    fisher.copy_(value)
+
+
+def _places_in_memory(like: Tensor) -> Tensor:
+    """Return each element's place in the order of memory, gaps not counted."""
+    strides = torch.empty_like(like, device="meta").stride()
+    places = torch.arange(like.numel(), device=like.device)
+    return places.as_strided(like.shape, strides)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

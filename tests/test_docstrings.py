@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the Fisher run as they stand."""
+"""The examples in the docstrings run as they stand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import ewc_fast.fisher
 
-MODULES = ["ewc_fast.fisher"] + [
+MODULES = ["ewc_fast.fisher", "ewc_fast.flat", "ewc_fast.functional"] + [
     module.name for module in pkgutil.walk_packages(ewc_fast.fisher.__path__, "ewc_fast.fisher.")
 ]
 

@@ -68,6 +68,16 @@ BAD = {
         ValueError,
         r"fisher\[1\].*\(2, 2\).*got \(2, 1\)",
     ),
+    "float16_fisher": (
+        replace("fisher", 0, torch.rand(3).half()),
+        TypeError,
+        r"fisher\[0\]: expected float32 or bfloat16 beside params\[0\] of float32, got float16",
+    ),
+    "float64_fisher": (
+        replace("fisher", 0, torch.rand(3).double()),
+        TypeError,
+        r"fisher\[0\]: expected float32 or bfloat16.*got float64.*\.to\(torch.float32\)",
+    ),
     "bfloat16_anchor": (
         replace("anchor", 0, torch.randn(3).bfloat16()),
         TypeError,
@@ -162,6 +172,39 @@ def test_weight_and_learning_rate_must_not_be_negative():
 def test_an_unknown_implementation_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"impl: expected one of 'auto', 'cpu', .*got 'gpu'"):
         call(good(), impl="gpu")
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu", "reference"])
+def test_a_bfloat16_fisher_is_for_narrower_parameters_than_float64(impl):
+    row = [torch.rand(3).double() for _ in range(4)]
+    row[2] = row[2].bfloat16()
+    with pytest.raises(TypeError, match=r"fisher\[0\]: expected float64 beside .*got bfloat16"):
+        functional.add_penalty_grad_(*row, ewc_lambda=1.0, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu", "reference"])
+def test_a_new_fisher_must_have_the_states_dtype(impl):
+    row = torch.rand(3), torch.rand(3), torch.rand(3).bfloat16(), torch.rand(3)
+    with pytest.raises(TypeError, match=r"new_fisher\[0\]: expected float32.*got bfloat16"):
+        functional.merge_online_(*row, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (-1, ValueError, r"seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
+        (2**32, ValueError, "seed: expected an integer from 0"),
+        (1.0, TypeError, "seed: expected an integer or None, got float"),
+        (True, TypeError, "seed: expected an integer or None, got bool"),
+    ],
+)
+def test_a_seed_is_an_integer_of_32_bits(seed, error, message):
+    fisher = torch.zeros(3)
+    with pytest.raises(error, match=message):
+        functional.accumulate_square_(fisher, torch.ones(3), seed=seed)
+    with pytest.raises(error, match=message):
+        functional.merge_online_(fisher, fisher.clone(), fisher, fisher, seed=seed)
+    assert torch.equal(fisher, torch.zeros(3))
 
 
 def test_the_residual_must_be_bfloat16():

@@ -21,6 +21,10 @@ def residual(params):
     return [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
 
 
+def half(fisher):
+    return [f.bfloat16() for f in fisher]
+
+
 CALLS = {
     "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, 2.0)),
     "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, 2.0)),
@@ -28,6 +32,22 @@ CALLS = {
     "merge_": lambda p, f, a: (OPS.merge_, (f, a, residual(p), copies(f), p, 0.9)),
     "merge_online_": lambda p, f, a: (OPS.merge_online_, (f, a, copies(f), p, 0.9)),
     "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, 2.0, 0.1)),
+    "accumulate_square_with_a_seed": lambda p, f, a: (
+        OPS.accumulate_square_,
+        (half(f), p, 0.5, 7),
+    ),
+    "merge_with_a_seed": lambda p, f, a: (
+        OPS.merge_,
+        (half(f), a, residual(p), copies(f), p, 0.9, 7),
+    ),
+    "merge_online_with_a_seed": lambda p, f, a: (
+        OPS.merge_online_,
+        (half(f), a, copies(f), p, 0.9, 7),
+    ),
+    "penalty_with_a_bfloat16_fisher": lambda p, f, a: (
+        OPS.penalty,
+        ([t.requires_grad_() for t in p], half(f), a, 2.0),
+    ),
 }
 
 

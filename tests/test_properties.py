@@ -32,6 +32,9 @@ def laid_out(draw, dtype):
     return make
 
 
+FISHER_DTYPES = (torch.float32, torch.bfloat16)  # beside parameters other than float64
+
+
 @st.composite
 def operands(draw):
     """Gradients, parameters, Fisher and anchor; layouts mostly shared within a row."""
@@ -39,8 +42,9 @@ def operands(draw):
     for _ in range(draw(st.integers(0, 4))):
         dtype = draw(st.sampled_from(DTYPES))
         state = torch.float64 if dtype == torch.float64 else torch.float32
+        fisher = state if state == torch.float64 else draw(st.sampled_from(FISHER_DTYPES))
         make = draw(laid_out(dtype))
-        row = [make(), make(), make(state).abs(), make(state)]
+        row = [make(), make(), make(fisher).abs(), make(state)]
         if draw(st.booleans()):  # one operand laid out on its own
             which = draw(st.integers(0, 3))
             row[which] = row[which].contiguous()

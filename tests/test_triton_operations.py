@@ -274,6 +274,23 @@ class TestBfloat16Fisher:
         exact = [0.9 * f.double() + n.double() for f, n in zip(rows[0], rows[1], strict=True)]
         self.check(lists[0], exact)
 
+    def test_it_is_the_reference_bit_for_bit(self):
+        """One sample: what a sum over several adds up to depends on its order."""
+        before = [torch.rand(n).bfloat16() for n in (2050, 0, 33)]
+        params = [
+            torch.randn(n).to(d) for n, d in zip((2050, 0, 33), DTYPES[::2] * 2, strict=False)
+        ]
+        new, anchor = state_like(params, True), state_like(params)
+        found = []
+        for impl in ("triton", "reference"):
+            fisher, a, n, grads = there(before, anchor, new, params)
+            functional.accumulate_square_(fisher, grads, weight=0.3, seed=7, impl=impl)
+            functional.merge_online_(fisher, a, n, grads, gamma=0.9, seed=8, impl=impl)
+            zeros = [torch.zeros_like(f) for f in fisher]
+            functional.merge_(fisher, a, zeros, n, grads, gamma=0.9, seed=9, impl=impl)
+            found.append(fisher)
+        assert all(torch.equal(t, r) for t, r in zip(*found, strict=True))
+
     def test_small_addends_arrive_on_average(self):
         n, addend, times = 4096, 2.0**-12, 16
         fisher = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE)]

@@ -1,4 +1,5 @@
-// bfloat16 and float16 as storage: converted to float to compute, rounded to nearest even to keep.
+// bfloat16 and float16 as storage: converted to float to compute, rounded to nearest even to keep
+// (a Fisher in bfloat16, by chance).
 // Plain integer arithmetic without branches, so that compilers vectorise it at every level.
 #pragma once
 
@@ -47,6 +48,12 @@ EWC_FAST_FORMULA void store(bfloat16& target, float value) {
   const std::uint32_t bits = bits_of(value);
   const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const std::uint32_t quiet_nan = bits >> 16 | 0x40u;
+  target.bits = static_cast<std::uint16_t>(value != value ? quiet_nan : rounded);
+}
+EWC_FAST_FORMULA void store_stochastically(bfloat16& target, float value, std::uint32_t random) {
+  const std::uint32_t bits = bits_of(value);
+  const std::uint32_t quiet_nan = bits >> 16 | 0x40u;
+  const std::uint32_t rounded = round_stochastically(bits, random);
   target.bits = static_cast<std::uint16_t>(value != value ? quiet_nan : rounded);
 }
 EWC_FAST_FORMULA void store(float16& target, float value) {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "../math.h"
+
 namespace ewc_fast::cpu {
 namespace {
 
@@ -52,13 +54,23 @@ void visit_chunks(const Table& table, int threads, Work work) {
                  [&](std::int64_t i) { work(table.rows[table.chunks[i].row], table.chunks[i]); });
 }
 
-int index(DType dtype) { return static_cast<int>(dtype); }
+template <class Kernel>
+Kernel kernel_of(Kernel const (&kernels)[kDTypes][2], const Row& row) {
+  return kernels[static_cast<int>(row.dtype)][row.fisher == DType::bfloat16];
+}
+
+static_assert((std::int64_t{1} << 32) % kChunk == 0, "a chunk has one upper half of its numbers");
+Rounding rounding_of(std::uint32_t seed, const Row& row, const Chunk& chunk) {
+  const std::uint32_t row_seed = random_bits(seed, static_cast<std::uint64_t>(row.ordinal));
+  const auto first = static_cast<std::uint64_t>(chunk.offset);
+  return {seed_of_upper_half(row_seed, first), static_cast<std::uint32_t>(first)};
+}
 
 }  // namespace
 
 double add_penalty_grad(const Table& table, Run run, double ewc_lambda) {
   return 0.5 * sum_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-           return run.kernels.add_penalty_grad[index(row.dtype)](
+           return kernel_of(run.kernels.add_penalty_grad, row)(
                row.at(0, c.offset), row.at(1, c.offset), row.at(2, c.offset), row.at(3, c.offset),
                c.length, ewc_lambda);
          });
@@ -66,46 +78,47 @@ double add_penalty_grad(const Table& table, Run run, double ewc_lambda) {
 
 double penalty(const Table& table, Run run, double ewc_lambda) {
   return 0.5 * sum_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-           return run.kernels.penalty[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                                        row.at(2, c.offset), c.length, ewc_lambda);
+           return kernel_of(run.kernels.penalty, row)(row.at(0, c.offset), row.at(1, c.offset),
+                                                      row.at(2, c.offset), c.length, ewc_lambda);
          });
 }
 
 void penalty_grad(const Table& table, Run run, double ewc_lambda) {
   visit_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    run.kernels.penalty_grad[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                               row.at(2, c.offset), row.at(3, c.offset), c.length,
-                                               ewc_lambda);
+    kernel_of(run.kernels.penalty_grad, row)(row.at(0, c.offset), row.at(1, c.offset),
+                                             row.at(2, c.offset), row.at(3, c.offset), c.length,
+                                             ewc_lambda);
   });
 }
 
-void accumulate_square(const Table& table, Run run, double weight) {
+void accumulate_square(const Table& table, Run run, double weight, std::uint32_t seed) {
   visit_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    run.kernels.accumulate_square[index(row.dtype)](
-        row.at(0, c.offset), row.at(1, c.offset), c.length, row.samples, row.sample_stride, weight);
+    kernel_of(run.kernels.accumulate_square, row)(row.at(0, c.offset), row.at(1, c.offset),
+                                                  c.length, row.samples, row.sample_stride, weight,
+                                                  rounding_of(seed, row, c));
   });
 }
 
-double merge(const Table& table, Run run, double gamma) {
+double merge(const Table& table, Run run, double gamma, std::uint32_t seed) {
   return sum_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    return run.kernels.merge[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                               row.at(2, c.offset), row.at(3, c.offset),
-                                               row.at(4, c.offset), c.length, gamma);
+    return kernel_of(run.kernels.merge, row)(
+        row.at(0, c.offset), row.at(1, c.offset), row.at(2, c.offset), row.at(3, c.offset),
+        row.at(4, c.offset), c.length, gamma, rounding_of(seed, row, c));
   });
 }
 
-void merge_online(const Table& table, Run run, double gamma) {
+void merge_online(const Table& table, Run run, double gamma, std::uint32_t seed) {
   visit_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    run.kernels.merge_online[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                               row.at(2, c.offset), row.at(3, c.offset), c.length,
-                                               gamma);
+    kernel_of(run.kernels.merge_online, row)(row.at(0, c.offset), row.at(1, c.offset),
+                                             row.at(2, c.offset), row.at(3, c.offset), c.length,
+                                             gamma, rounding_of(seed, row, c));
   });
 }
 
 void proximal_step(const Table& table, Run run, double eta_lambda) {
   visit_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
-    run.kernels.proximal_step[index(row.dtype)](row.at(0, c.offset), row.at(1, c.offset),
-                                                row.at(2, c.offset), c.length, eta_lambda);
+    kernel_of(run.kernels.proximal_step, row)(row.at(0, c.offset), row.at(1, c.offset),
+                                              row.at(2, c.offset), c.length, eta_lambda);
   });
 }
 

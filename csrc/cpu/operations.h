@@ -16,9 +16,13 @@ struct Run {
 double add_penalty_grad(const Table& table, Run run, double ewc_lambda);  // grad, param, F, a
 double penalty(const Table& table, Run run, double ewc_lambda);           // param, F, a
 void penalty_grad(const Table& table, Run run, double ewc_lambda);        // out, param, F, a
-void accumulate_square(const Table& table, Run run, double weight);       // F, grads
-double merge(const Table& table, Run run, double gamma);             // F, a, residual, new F, param
-void merge_online(const Table& table, Run run, double gamma);        // F, a, new F, param
-void proximal_step(const Table& table, Run run, double eta_lambda);  // param, F, a
+void proximal_step(const Table& table, Run run, double eta_lambda);       // param, F, a
+
+// These write F. Where it is bfloat16, the seed says which way each element is rounded.
+void accumulate_square(const Table& table, Run run, double weight, std::uint32_t seed);  // F, grads
+double merge(const Table& table, Run run, double gamma,
+             std::uint32_t seed);  // F, a, residual, new F, param
+void merge_online(const Table& table, Run run, double gamma,
+                  std::uint32_t seed);  // F, a, new F, param
 
 }  // namespace ewc_fast::cpu

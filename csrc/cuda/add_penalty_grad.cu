@@ -71,6 +71,9 @@ void add_penalty_grad(const Table& table, double ewc_lambda, double* value, doub
   for (const Row& row : table.rows)
     if (row.device != device || device < 0)
       throw std::invalid_argument("the tensors of one call must be on one CUDA device");
+  for (const Row& row : table.rows)
+    if (row.fisher == DType::bfloat16)
+      throw std::invalid_argument("no CUDA kernel reads a bfloat16 Fisher yet; use impl='auto'");
   const DeviceGuard guard(device);
   std::int64_t blocks = 0;
   blocks = launch<float>(table, DType::float32, blocks, ewc_lambda, workspace, stream);

@@ -3,13 +3,22 @@
 Everything here looks before anything is written: a call that raises has changed nothing.
 """
 
-from ewc_fast._checks.arguments import gamma, impl, non_negative, one_of, positive_integer
+from ewc_fast._checks.arguments import (
+    gamma,
+    impl,
+    non_negative,
+    one_of,
+    positive_integer,
+    seed,
+)
+from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.operands import (
     Operand,
     Operation,
     TensorList,
     as_list,
     dense,
+    kind,
     operands,
     state_dtype,
 )
@@ -31,15 +40,19 @@ __all__ = [
     "as_list",
     "dense",
     "ewc_state",
+    "flattenable",
     "gamma",
     "grown_shape",
     "impl",
+    "kind",
+    "like_parameters",
     "named_parameters",
     "new_fisher",
     "non_negative",
     "one_of",
     "operands",
     "positive_integer",
+    "seed",
     "squared_convolution",
     "squared_product",
     "state_dtype",

@@ -36,6 +36,16 @@ def gamma(value: float) -> float:
     return number
 
 
+def seed(value: int | None) -> None:
+    """Raise unless ``seed`` is None or an integer of 32 bits."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed: expected an integer or None, got {type(value).__name__}")
+    if not 0 <= value < 2**32:
+        raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {value}")
+
+
 def _number(name: str, value: float) -> float:
     try:
         return float(value)

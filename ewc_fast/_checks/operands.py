@@ -19,7 +19,7 @@ class Operand:
     """One list of tensors that an operation takes."""
 
     name: str
-    role: Literal["param", "state", "residual"]
+    role: Literal["param", "state", "fisher", "residual"]
     written: bool = False
     stacked: bool = False  # may carry per-sample gradients in a leading dimension
 
@@ -36,9 +36,17 @@ class Operation:
     operands: tuple[Operand, ...]
     measure: int
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it writes a Fisher (its first operand), by chance where that is bfloat16."""
+        return self.operands[0].role == "fisher" and self.operands[0].written
+
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of fisher and anchor beside parameters of ``param_dtype``."""
+    """Return the dtype of fisher and anchor beside parameters of ``param_dtype``.
+
+    A Fisher may also be bfloat16, beside parameters other than float64.
+    """
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
@@ -80,20 +88,22 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
             )
     roles = [operand.role for operand in operation.operands]
     param = operation.measure if roles[operation.measure] == "param" else roles.index("param")
-    wanted = {
-        "param": row[param].dtype,
-        "state": state_dtype(row[param].dtype),
-        "residual": torch.bfloat16,
+    state = state_dtype(row[param].dtype)
+    allowed = {
+        "param": (row[param].dtype,),
+        "state": (state,),
+        "fisher": (state,) if state == torch.float64 else (state, torch.bfloat16),
+        "residual": (torch.bfloat16,),
     }
     like = f"{operation.operands[operation.measure].name}[{index}]"
     device, shape = row[operation.measure].device, tuple(row[operation.measure].shape)
     for operand, tensor in zip(operation.operands, row, strict=True):
-        name, dtype = f"{operand.name}[{index}]", wanted[operand.role]
-        if tensor.dtype != dtype:
+        name, dtypes = f"{operand.name}[{index}]", allowed[operand.role]
+        if tensor.dtype not in dtypes:
             raise TypeError(
-                f"{name}: expected {short(dtype)} beside {operation.operands[param].name}[{index}] "
-                f"of {short(row[param].dtype)}, got {short(tensor.dtype)}; "
-                f"convert it with .to(torch.{short(dtype)})"
+                f"{name}: expected {' or '.join(map(short, dtypes))} beside "
+                f"{operation.operands[param].name}[{index}] of {short(row[param].dtype)}, "
+                f"got {short(tensor.dtype)}; convert it with .to(torch.{short(dtypes[0])})"
             )
         if tensor.device != device:
             raise ValueError(
