@@ -21,8 +21,9 @@ generator, but only if a Fisher written is bfloat16: ``torch.manual_seed`` makes
 compiled graph draws anew each time it runs; a CUDA graph repeats the seed it was captured with.
 
 ``impl`` chooses the implementation as :mod:`ewc_fast._dispatch` tabulates: ``"auto"``, ``"cpu"``,
-``"cuda"`` or ``"reference"``. A :class:`Plan` given to every call of a loop keeps validation and
-addresses between calls. The operations work inside ``torch.compile(fullgraph=True)``.
+``"cuda"``, ``"triton"`` or ``"reference"``. A :class:`Plan` given to every call of a loop keeps
+validation and addresses between calls. The operations work inside
+``torch.compile(fullgraph=True)``.
 
 Errors, with the argument and index, what was expected and what came:
 ``TypeError`` for objects that are no dense floating tensors or have the wrong dtype;

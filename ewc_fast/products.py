@@ -33,6 +33,8 @@ CHUNK_BYTES = 2 << 20
 REFERENCE_BYTES = 64 << 20
 """Of per-sample products that the reference may form at a time."""
 
+_WHY_NO_TRITON = "no kernel has been written for it"
+
 
 def accumulate_squared_product_(
     total: Tensor,
@@ -208,7 +210,7 @@ def _samples_at_once(most_bytes: int, total: Tensor) -> int:
 
 def _implementation(impl: Impl, operation: str, total: Tensor) -> Impl:
     why_no_cuda = cuda_unavailable() if impl == "cuda" else None
-    return choose(impl, operation, total.device.type, True, why_no_cuda)
+    return choose(impl, operation, total.device.type, True, why_no_cuda, _WHY_NO_TRITON)
 
 
 def _mark_written(total: Tensor, bias_total: Tensor | None) -> None:

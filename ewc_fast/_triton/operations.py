@@ -1,0 +1,121 @@
+"""What each list operation does with one block of elements. Formulas: ``formulas.py``.
+
+The bytes are those of one float32 element and, behind the bar, of one beside bfloat16 parameters.
+All is limited by memory: 10 to 40 arithmetic instructions an element, where an H200 has time for
+over 90 while it moves 16 bytes. ``mask`` is ``None`` where the whole block exists.
+"""
+
+import triton
+import triton.language as tl
+
+from ewc_fast._triton.formulas import (
+    decayed_sum,
+    merge,
+    penalty_gradient,
+    proximal,
+    random_bits,
+    round_stochastically,
+)
+
+
+@triton.jit
+def add_penalty_grad(total, grad, param, fisher, anchor, at, mask, ewc_lambda):
+    """``g += lambda F (theta - a)``. Reads g, theta, F, a; writes g: 20 | 14 bytes."""
+    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
+    pull = penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance)
+    _store(grad, at, mask, _load(grad, at, mask, total) + pull)
+    return total + pull * distance
+
+
+@triton.jit
+def penalty(total, param, fisher, anchor, at, mask, ewc_lambda):
+    """``sum lambda F (theta - a)^2``. Reads theta, F, a: 12 | 10 bytes."""
+    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
+    return total + penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance) * distance
+
+
+@triton.jit
+def penalty_grad(total, out, param, fisher, anchor, at, mask, ewc_lambda):
+    """``out = lambda F (theta - a)``. Reads theta, F, a; writes out: 16 | 12 bytes."""
+    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
+    pull = penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance)
+    _store(out, at, mask, pull)
+
+
+@triton.jit
+def accumulate_square(
+    total, fisher, grads, at, mask, weight, samples, sample_stride, seed, VECTOR: tl.constexpr
+):
+    """``F += w sum_n g_n^2``. Reads F and N gradients, writes F: 8 + 4 N | 8 + 2 N bytes."""
+    squares = tl.zeros_like(total)
+    for sample in range(samples):
+        grad = grads + sample * sample_stride
+        if mask is None:
+            grad = tl.multiple_of(grad, VECTOR * grad.dtype.element_ty.primitive_bitwidth // 8)
+        value = _load(grad, at, mask, total)
+        squares += value * value
+    _store_fisher(fisher, at, mask, _load(fisher, at, mask, total) + weight * squares, seed)
+
+
+@triton.jit
+def merge_(total, fisher, anchor, residual, new_fisher, param, at, mask, gamma, seed):
+    """``F' = gamma F + F_t, a' = a + F_t / F' (theta - a)`` in float64, a as anchor + residual.
+
+    Reads F, a, residual, F_t, theta; writes F, a, residual: 28 | 26 bytes.
+    """
+    exact_anchor = _load(anchor, at, mask, total) + _load(residual, at, mask, total)
+    new = _load(new_fisher, at, mask, total)
+    old = _load(fisher, at, mask, total)
+    both, merged, constant = merge(gamma, old, exact_anchor, new, _load(param, at, mask, total))
+    kept = merged.to(anchor.dtype.element_ty)
+    _store_fisher(fisher, at, mask, both, seed)
+    _store(anchor, at, mask, kept)
+    _store(residual, at, mask, merged - kept.to(tl.float64))
+    return total + constant
+
+
+@triton.jit
+def merge_online(total, fisher, anchor, new_fisher, param, at, mask, gamma, seed):
+    """``F' = gamma F + F_t, a' = theta``. Reads F, F_t, theta; writes F, a: 20 | 18 bytes."""
+    new = _load(new_fisher, at, mask, total)
+    both = decayed_sum(gamma, _load(fisher, at, mask, total), new)
+    _store_fisher(fisher, at, mask, both, seed)
+    _store(anchor, at, mask, _load(param, at, mask, total))
+
+
+@triton.jit
+def proximal_step(total, param, fisher, anchor, at, mask, eta_lambda):
+    """``theta -= (theta - a) / (1 + 1 / (eta lambda F))``. Reads theta, F, a: 16 | 12 bytes."""
+    strength = eta_lambda * _load(fisher, at, mask, total)
+    theta = _load(param, at, mask, total)
+    _store(param, at, mask, proximal(strength, theta, _load(anchor, at, mask, total)))
+
+
+@triton.jit
+def _load(pointer, at, mask, like):
+    """Load elements, in the dtype of ``like``; bfloat16 has no arithmetic of its own."""
+    if mask is None:
+        value = tl.load(pointer + at)
+    else:
+        value = tl.load(pointer + at, mask=mask, other=0)
+    return value.to(like.dtype)
+
+
+@triton.jit
+def _store(pointer, at, mask, value):
+    """Store elements, rounded to nearest; from float64 to bfloat16 by way of float32."""
+    if pointer.dtype.element_ty == tl.bfloat16 and value.dtype == tl.float64:
+        value = value.to(tl.float32)
+    value = value.to(pointer.dtype.element_ty)
+    if mask is None:
+        tl.store(pointer + at, value)
+    else:
+        tl.store(pointer + at, value, mask=mask)
+
+
+@triton.jit
+def _store_fisher(fisher, at, mask, value, seed):
+    """Store a Fisher, rounded by chance to bfloat16: small addends are not lost in a large sum."""
+    if fisher.dtype.element_ty == tl.bfloat16:
+        value = round_stochastically(value.to(tl.float32), random_bits(seed, at))
+    _store(fisher, at, mask, value)
