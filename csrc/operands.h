@@ -23,6 +23,7 @@ struct Row {
   std::int64_t numel = 0;
   std::int64_t samples = 1;        // per-sample gradients stacked in front
   std::int64_t sample_stride = 0;  // elements from one sample's gradient to the next
+  std::int64_t ordinal = 0;        // its place in the call's lists, which may be split up
   DType dtype = DType::float32;    // of the parameters
   DType fisher = DType::float32;   // of the Fisher: float, double beside double, or bfloat16
   int device = -1;                 // CUDA device index; -1 is the CPU

@@ -34,6 +34,8 @@ class Plan {
   void adopt(const pybind11::args& lists);
 
   const Table& table() const { return table_; }
+  // PyTorch's current stream on the CUDA device that the rows are on.
+  void* current_stream() const;
 
  private:
   const TensorView& view(std::size_t operand, std::size_t row) const {

@@ -27,7 +27,7 @@ def cuda_unavailable() -> str | None:
     """Why the CUDA kernels can't run here, or None where they can."""
     if not _core.cuda_architectures:
         return "built without CUDA: no nvcc at build time, or EWC_FAST_CUDA=OFF"
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built() or torch.version.cuda is None:  # None: ROCm's
         return f"PyTorch {torch.__version__} is a build without CUDA"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device or driver"

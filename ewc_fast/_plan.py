@@ -20,8 +20,9 @@ ADD_PENALTY_GRAD = Operation(
     "add_penalty_grad_",
     (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
     measure=1,
+    sums=True,
 )
-PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR), measure=0)
+PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR), measure=0, sums=True)
 PENALTY_GRAD = Operation(
     "penalty_grad",
     (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
@@ -42,6 +43,7 @@ MERGE = Operation(
         _PARAMS,
     ),
     measure=4,
+    sums=True,
 )
 MERGE_ONLINE = Operation(
     "merge_online_",
@@ -80,7 +82,8 @@ class Plan:
     def __init__(self, pinned: Iterable[str] = ()) -> None:
         self._pinned = frozenset(pinned)
         self._operation: Operation | None = None
-        self._impl: Impl = "auto"
+        self._requested: Impl = "auto"
+        self._chosen: Impl = "cpu"
         self._core_plan: core.Plan | None = None
 
     def groups(
@@ -90,15 +93,15 @@ class Plan:
         if (
             self._operation is operation
             and self._core_plan is not None
-            and self._impl == requested
+            and self._requested == requested
             and self._core_plan.refresh(*lists)
         ):
-            return [Group("cpu", lists, self._core_plan)]
+            return [Group(self._chosen, lists, self._core_plan)]
         self._operation = None
         groups = _validated_groups(operation, lists, requested, self._pinned)
-        if len(groups) == 1 and groups[0].impl == "cpu":
-            self._operation, self._impl = operation, requested
-            self._core_plan = groups[0].core_plan
+        if len(groups) == 1 and groups[0].core_plan is not None:
+            self._operation, self._requested = operation, requested
+            self._chosen, self._core_plan = groups[0].impl, groups[0].core_plan
         return groups
 
 
@@ -111,11 +114,12 @@ def _validated_groups(
         if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
             return [Group("cpu", lists, core_plan)]
     _checks.operands(operation, lists)
-    why_no_cuda = cuda_unavailable() if requested == "cuda" else None
+    on_cuda = requested == "cuda" or any(tensor.is_cuda for tensor in lists[0])
+    why_no_cuda = cuda_unavailable() if on_cuda else None
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
     for index, tensor in enumerate(lists[0]):
         dense = _checks.dense(operation, lists, index)
-        chosen = choose(requested, operation.name, tensor.device.type, dense, why_no_cuda)
+        chosen = choose(requested, tensor.device.type, dense, why_no_cuda)
         rows.setdefault((chosen, tensor.device), []).append(index)
     groups = []
     for (chosen, _), indices in rows.items():
