@@ -231,7 +231,7 @@ def test_a_bfloat16_fisher_keeps_infinity_and_nan(run):
     grads = [torch.tensor([1.0, 1.0, inf, 0.0, nan])]
     for seed in range(20):
         run(OPERATIONS["accumulate_square"], [fisher, grads], seed=seed)
-        assert fisher[0].float().nan_to_num(nan=-1).tolist()[1::3] == [-1, 0]
+        assert fisher[0].float().nan_to_num(nan=-1).tolist()[1:4:2] == [-1, 0]
         assert fisher[0][0] == fisher[0][2] == inf
         assert fisher[0][4].isnan()
 

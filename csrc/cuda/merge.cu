@@ -85,15 +85,16 @@ struct MergeOnline {
     auto fisher = access.load(row.fisher);
     const auto new_fisher = access.load(row.new_fisher);
     const auto param = access.load(row.param);
+    // The anchor is done with before the Fisher is rounded, which needs the registers.
     Pack<C, Access::N> anchor;
 #pragma unroll
-    for (int k = 0; k < Access::N; ++k) {
+    for (int k = 0; k < Access::N; ++k) anchor.at[k] = static_cast<C>(param.at[k]);
+    access.store(row.anchor, anchor);
+#pragma unroll
+    for (int k = 0; k < Access::N; ++k)
       keep(fisher.at[k], decayed_sum(gamma, static_cast<C>(fisher.at[k]), new_fisher.at[k]),
            row.seed, access.index(k));
-      anchor.at[k] = static_cast<C>(param.at[k]);
-    }
     access.store(row.fisher, fisher);
-    access.store(row.anchor, anchor);
   }
 };
 

@@ -72,14 +72,18 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t numel = rows.numel[index];
   const std::int64_t end = begin + rows.chunk < numel ? begin + rows.chunk : numel;
 
+  // Not unrolled: the stores of one step keep the loads of the next behind them anyway. With 32
+  // registers a multiprocessor holds all the threads it can, and these have loads enough in flight.
   typename Op::Sum sum{};
   std::int64_t packs_end = begin;
   if (rows.aligned[index]) {
     packs_end += (end - begin) / N * N;
+#pragma unroll 1
     for (std::int64_t i = begin + threadIdx.x * N; i < packs_end; i += kThreads * N)
       op.step(row, Neighbours<N>{i}, sum);
   } else {
     packs_end += (end - begin) / (kThreads * N) * (kThreads * N);
+#pragma unroll 1
     for (std::int64_t i = begin + threadIdx.x; i < packs_end; i += kThreads * N)
       op.step(row, Apart<N>{i}, sum);
   }
@@ -103,6 +107,11 @@ bool aligned(const Row& row) {
   return off == 0;
 }
 
+// Where the blocks after these leave their sums, if blocks do.
+inline double* after(double* partial, std::int64_t blocks) {
+  return partial == nullptr ? nullptr : partial + blocks;
+}
+
 // Launches over the rows that `belongs` picks, at most Capacity in one launch. Returns the number
 // of blocks, each of which has left its sum in `partial`.
 template <class Op, int Capacity, class Belongs>
@@ -116,7 +125,7 @@ std::int64_t launch_over(const char* name, const Table& table, const Op& op, Run
   const auto flush = [&] {
     if (blocks == 0) return;
     const Grid grid{static_cast<int>(blocks), kThreads, static_cast<cudaStream_t>(run.stream)};
-    launch_kernel(name, over_rows<Op, Capacity>, grid, rows, op, partial + launched);
+    launch_kernel(name, over_rows<Op, Capacity>, grid, rows, op, after(partial, launched));
     launched += blocks;
     blocks = rows.count = 0;
   };
@@ -172,9 +181,9 @@ std::int64_t launch_all(const char* name, const Table& table, double coefficient
     const auto rows = std::count_if(table.rows.begin(), table.rows.end(), belongs);
     const Op op(coefficient);
     if (rows > kFewRows)
-      blocks += launch_over<Op, most>(name, table, op, run, partial + blocks, belongs);
+      blocks += launch_over<Op, most>(name, table, op, run, after(partial, blocks), belongs);
     else if (rows > 0)
-      blocks += launch_over<Op, kFewRows>(name, table, op, run, partial + blocks, belongs);
+      blocks += launch_over<Op, kFewRows>(name, table, op, run, after(partial, blocks), belongs);
   });
   return blocks;
 }
