@@ -4,11 +4,12 @@
 ``impl``        operands                            runs
 ==============  ==================================  =========================================
 ``"auto"``      dense, on the CPU                   ``"cpu"``: C++, vector code, threads
-``"auto"``      dense, on a CUDA device, with the   ``"cuda"``: C++ kernels
-                CUDA sources built
+``"auto"``      dense, on a CUDA device             ``"cuda"`` if built with a kernel for the
+                                                    operation, else ``"reference"``
 ``"auto"``      strided with gaps, or elsewhere     ``"reference"``: PyTorch
 ``"cpu"``       dense, on the CPU                   ``"cpu"``, else an error
-``"cuda"``      dense, on a CUDA device             ``"cuda"`` if built, else an error
+``"cuda"``      dense, on a CUDA device             ``"cuda"`` if built with a kernel for the
+                                                    operation, else an error
 ``"reference"`` any                                 ``"reference"``
 ==============  ==================================  =========================================
 
@@ -25,12 +26,26 @@ import torch
 
 Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "triton", "reference")
+CUDA_OPERATIONS = frozenset(  # all on lists of tensors; none of the products
+    {
+        "penalty",
+        "penalty_grad",
+        "add_penalty_grad_",
+        "accumulate_square_",
+        "merge_",
+        "merge_online_",
+        "proximal_step_",
+    }
+)
 
 
-def choose(requested: Impl, device_type: str, dense: bool, cuda_unavailable: str | None) -> Impl:
+def choose(
+    requested: Impl, operation: str, device_type: str, dense: bool, cuda_unavailable: str | None
+) -> Impl:
     """Return the implementation for one row of operands, or raise for one that can't run."""
     if requested == "auto":
-        if device_type == "cuda" and dense and cuda_unavailable is None:
+        has_cuda = cuda_unavailable is None and operation in CUDA_OPERATIONS
+        if device_type == "cuda" and dense and has_cuda:
             return "cuda"
         return "cpu" if device_type == "cpu" and dense else "reference"
     if requested == "reference":
@@ -45,8 +60,11 @@ def choose(requested: Impl, device_type: str, dense: bool, cuda_unavailable: str
             f"impl={requested!r} needs operands with equal strides that leave no gaps; "
             "pass .contiguous() tensors, or use impl='auto'"
         )
-    if requested == "cuda" and cuda_unavailable is not None:
-        raise RuntimeError(f"impl='cuda' can't run: {cuda_unavailable}")
+    if requested == "cuda":
+        if cuda_unavailable is not None:
+            raise RuntimeError(f"impl='cuda' can't run: {cuda_unavailable}")
+        if operation not in CUDA_OPERATIONS:
+            raise RuntimeError(f"impl='cuda' has no kernel for {operation}; use impl='auto'")
     return requested
 
 

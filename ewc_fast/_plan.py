@@ -119,7 +119,7 @@ def _validated_groups(
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
     for index, tensor in enumerate(lists[0]):
         dense = _checks.dense(operation, lists, index)
-        chosen = choose(requested, tensor.device.type, dense, why_no_cuda)
+        chosen = choose(requested, operation.name, tensor.device.type, dense, why_no_cuda)
         rows.setdefault((chosen, tensor.device), []).append(index)
     groups = []
     for (chosen, _), indices in rows.items():

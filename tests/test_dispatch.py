@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ewc_fast import functional
-from ewc_fast._dispatch import choose
+from ewc_fast import _plan, functional
+from ewc_fast._checks import Operation
+from ewc_fast._dispatch import CUDA_OPERATIONS, choose
 from ewc_fast._native import core, cuda_unavailable
 
 
@@ -25,20 +26,28 @@ from ewc_fast._native import core, cuda_unavailable
     ],
 )
 def test_the_table(requested, device, dense, chosen):
-    assert choose(requested, device, dense, None) == chosen
+    assert choose(requested, "add_penalty_grad_", device, dense, None) == chosen
 
 
-def test_without_cuda_kernels_cuda_tensors_take_pytorch():
-    assert choose("auto", "cuda", True, "built without CUDA") == "reference"
+def test_where_cuda_has_no_kernel_cuda_tensors_take_pytorch():
+    assert choose("auto", "merge_", "cuda", True, "built without CUDA") == "reference"
+    assert choose("auto", "accumulate_squared_product_", "cuda", True, None) == "reference"
+
+
+def test_every_operation_on_lists_has_a_cuda_kernel():
+    operations = [value for value in vars(_plan).values() if isinstance(value, Operation)]
+    assert {operation.name for operation in operations} == CUDA_OPERATIONS
 
 
 def test_a_named_backend_that_cannot_run_says_why():
     with pytest.raises(ValueError, match="impl='cpu' works on cpu tensors, got tensors on cuda"):
-        choose("cpu", "cuda", True, None)
+        choose("cpu", "merge_", "cuda", True, None)
     with pytest.raises(ValueError, match="impl='cpu' needs operands with equal strides"):
-        choose("cpu", "cpu", False, None)
+        choose("cpu", "merge_", "cpu", False, None)
     with pytest.raises(RuntimeError, match="impl='cuda' can't run: no driver"):
-        choose("cuda", "cuda", True, "no driver")
+        choose("cuda", "add_penalty_grad_", "cuda", True, "no driver")
+    with pytest.raises(RuntimeError, match="no kernel for accumulate_squared_product_"):
+        choose("cuda", "accumulate_squared_product_", "cuda", True, None)
 
 
 def test_asking_for_cuda_on_cpu_tensors_never_falls_back():
