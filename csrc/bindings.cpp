@@ -148,7 +148,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("reader"), py::arg("specs"), py::keep_alive<1, 2>())
       .def("refresh", &Plan::refresh)
       .def("accepts", &Plan::accepts)
-      .def("adopt", &Plan::adopt);
+      .def("adopt", &Plan::adopt)
+      .def_property_readonly("on_cuda", &Plan::on_cuda);
 
   py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<py::type>(), py::arg("tensor_type"))

@@ -99,7 +99,7 @@ bool Plan::accepts(const py::args& lists) {
     return false;
   }
   adopted_ = std::all_of(table_.rows.begin(), table_.rows.end(),
-                         [](const Row& row) { return row.device < 0; });
+                         [&](const Row& row) { return row.device == table_.rows[0].device; });
   return adopted_;
 }
 

@@ -27,13 +27,14 @@ class Plan {
 
   // True where the lists hold tensors of the same form as those adopted; addresses are taken over.
   bool refresh(const pybind11::args& lists);
-  // Adopts the lists where they are all in order and on the CPU. False otherwise: whoever asks then
-  // finds out why and says it in the user's words.
+  // Adopts the lists where they are all in order and on one device. False otherwise: whoever asks
+  // then finds out why and says it in the user's words.
   bool accepts(const pybind11::args& lists);
   // Builds the table; throws where kernels could touch memory that the operands do not own.
   void adopt(const pybind11::args& lists);
 
   const Table& table() const { return table_; }
+  bool on_cuda() const { return !table_.rows.empty() && table_.rows.front().device >= 0; }
   // PyTorch's current stream on the CUDA device that the rows are on.
   void* current_stream() const;
 

@@ -109,10 +109,9 @@ def _validated_groups(
     operation: Operation, lists: Sequence[TensorList], requested: Impl, pinned: Collection[str]
 ) -> list[Group]:
     _checks.impl(requested)
-    if requested in ("auto", "cpu"):
-        core_plan = _core_plan(operation, pinned)
-        if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
-            return [Group("cpu", lists, core_plan)]
+    whole = _whole_group(operation, lists, requested, pinned)
+    if whole is not None:
+        return [whole]
     _checks.operands(operation, lists)
     on_cuda = requested == "cuda" or any(tensor.is_cuda for tensor in lists[0])
     why_no_cuda = cuda_unavailable() if on_cuda else None
@@ -131,6 +130,23 @@ def _validated_groups(
             native.adopt(*picked)
             groups.append(Group(chosen, picked, native))
     return groups
+
+
+def _whole_group(
+    operation: Operation, lists: Sequence[TensorList], requested: Impl, pinned: Collection[str]
+) -> Group | None:
+    """Return by far the most calls' only group: dense, on one device, all in order; else None."""
+    if requested == "reference":
+        return None
+    core_plan = _core_plan(operation, pinned)
+    if not core_plan.accepts(*lists):
+        return None
+    device_type: Impl = "cuda" if core_plan.on_cuda else "cpu"
+    if requested not in ("auto", device_type):
+        return None
+    why_no_cuda = cuda_unavailable() if core_plan.on_cuda else None
+    chosen = choose(requested, operation.name, device_type, True, why_no_cuda)
+    return Group(chosen, lists, core_plan) if chosen == device_type else None
 
 
 def _core_plan(operation: Operation, pinned: Collection[str]) -> core.Plan:

@@ -25,7 +25,7 @@ constexpr int kFewRows = 48;  // below 4 KB, which is cheaper to launch
 
 // A block works on one chunk of one row: long chunks for large tables, shorter ones where else some
 // multiprocessors would have nothing to do. From the shapes alone, so that sums repeat bit for bit
-// on every device. Every length keeps 16-byte alignment.
+// on every device, for operands aligned alike. Every length keeps 16-byte alignment.
 constexpr std::int64_t kLongestChunk = 16384, kShortestChunk = 1024, kEnoughBlocks = 2048;
 
 inline std::int64_t chunk_length(const Table& table) {
