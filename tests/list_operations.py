@@ -10,11 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
+from cases import DTYPES
 from numerics import assert_within, compute_dtype, gradient_budget, smallest, u, value_budget
 from torch import Tensor
 
 Lists = list[list[Tensor]]
+
+every_instance = pytest.mark.parametrize(
+    ("dtype", "fisher"),  # of the parameters; of the Fisher, None being the state's
+    [
+        *[pytest.param(dtype, None, id=f"{dtype}"[6:]) for dtype in DTYPES],
+        *[
+            pytest.param(dtype, torch.bfloat16, id=f"{dtype}-bfloat16_fisher"[6:])
+            for dtype in DTYPES
+            if dtype != torch.float64  # beside which the Fisher is float64
+        ],
+    ],
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import every_dtype
-from list_operations import OPERATIONS, ListOperation, Lists, noise, positive, state
+from list_operations import OPERATIONS, ListOperation, Lists, every_instance, noise, positive, state
 from models import each_model
 from numerics import u
 
@@ -32,7 +32,6 @@ CALLS = {
 }
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-fisher_dtypes = pytest.mark.parametrize("fisher", [None, torch.bfloat16], ids=["state", "bfloat16"])
 
 
 def on(device: str | torch.device, lists: Lists) -> Lists:
@@ -58,12 +57,9 @@ def kernels_launched(function) -> list[str]:
 
 
 @every_operation
-@every_dtype
-@fisher_dtypes
+@every_instance
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_every_element_is_as_the_reference_has_it(operation, dtype, fisher, sizes):
-    if fisher is not None and dtype == torch.float64:
-        pytest.skip("beside float64 the Fisher is float64")
     before = operation.make([torch.randn(n).to(dtype) for n in sizes], fisher)
     lists = on("cuda", before)
     value = call(operation, lists)
@@ -80,12 +76,9 @@ def test_misaligned_views_take_part(operation, dtype):
     operation.check(before, on("cpu", lists), operation.coefficient, value)
 
 
-@every_dtype
-@fisher_dtypes
+@every_instance
 @pytest.mark.parametrize("samples", [0, 1, 7])
 def test_stacked_gradients_are_squared_one_by_one(dtype, fisher, samples):
-    if fisher is not None and dtype == torch.float64:
-        pytest.skip("beside float64 the Fisher is float64")
     params = [torch.randn(n).to(dtype) for n in (1, 1029, 40_000)]
     grads = [torch.randn(samples, p.numel()).to(dtype) for p in params]
     before = [positive(params, fisher), grads]
@@ -145,11 +138,11 @@ def test_the_penalty_with_its_gradient_can_be_captured_in_a_cuda_graph():
 def test_kernels_wait_for_what_is_before_them_on_their_stream(operation):
     before = operation.make([torch.randn(n) for n in (5, 70_001)], None)
     lists = [[torch.zeros_like(t, device="cuda") for t in tensors] for tensors in before]
-    stream = torch.cuda.Stream()
+    sources, stream = on("cuda", before), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # a tenth of a second: only this stream's order helps
-        for target, source in zip(lists, on("cuda", before), strict=True):
+        for target, source in zip(lists, sources, strict=True):
             torch._foreach_copy_(target, source)
         value = call(operation, lists)
     stream.synchronize()

@@ -13,8 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import every_dtype
-from list_operations import OPERATIONS, ListOperation, Lists, noise, positive, rounded_by_chance
+from list_operations import (
+    OPERATIONS,
+    ListOperation,
+    Lists,
+    every_instance,
+    noise,
+    positive,
+    rounded_by_chance,
+)
 
 HERE = Path(__file__).parent / "cuda_on_host"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the core's order
@@ -24,7 +31,6 @@ Run = Callable[..., "tuple[float, int]"]
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 both_orders = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-fisher_dtypes = pytest.mark.parametrize("fisher", [None, torch.bfloat16], ids=["state", "bfloat16"])
 
 
 class HostRow(ctypes.Structure):
@@ -126,25 +132,19 @@ SIZES = {
 
 
 @both_orders
-@fisher_dtypes
-@every_dtype
+@every_instance
 @pytest.mark.parametrize(("sizes", "elements"), SIZES.values(), ids=SIZES.keys())
 @every_operation
 def test_every_element_is_visited_once(run, operation, sizes, elements, dtype, fisher, reverse):
-    if fisher is not None and dtype == torch.float64:
-        pytest.skip("beside float64 the Fisher is float64")
     if elements == LARGE and reverse:
         sizes = sizes[2:3]
     lists = operation.make([torch.randn(n).to(dtype) for n in sizes], fisher)
     check(operation, run, lists, elements=elements, reverse=reverse)
 
 
-@fisher_dtypes
-@every_dtype
+@every_instance
 @every_operation
 def test_misaligned_operands_are_walked_too(run, operation, dtype, fisher):
-    if fisher is not None and dtype == torch.float64:
-        pytest.skip("beside float64 the Fisher is float64")
     sizes = [1001, 5, 4098, 8192]
     wide = operation.make([torch.randn(n + 1).to(dtype) for n in sizes], fisher)
     for misaligned in range(len(wide)):  # one operand at a time, then all
@@ -178,13 +178,10 @@ def test_hundreds_of_tensors_are_one_launch(run, operation, rows, launches):
 
 
 @both_orders
-@fisher_dtypes
-@every_dtype
+@every_instance
 @pytest.mark.parametrize("samples", [0, 1, 5, 6])
 @pytest.mark.parametrize("gap", [0, 3], ids=["dense", "stride_that_breaks_packs"])
 def test_stacked_gradients_are_squared_one_by_one(run, samples, gap, dtype, fisher, reverse):
-    if fisher is not None and dtype == torch.float64:
-        pytest.skip("beside float64 the Fisher is float64")
     params = [torch.randn(n).to(dtype) for n in (1, 8, 1029, 4096)]
     grads = [torch.randn(samples, p.numel() + gap).to(dtype)[:, : p.numel()] for p in params]
     lists = [positive(params, fisher), grads]
