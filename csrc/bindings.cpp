@@ -133,6 +133,20 @@ auto rounding_on_cpu(Operation operation) {
   };
 }
 
+#ifdef EWC_FAST_CUDA_BUILT
+// Binds a CUDA operation: launched on PyTorch's current stream, without the interpreter lock, since
+// a launch waits where too many are queued.
+template <class Operation>
+auto on_cuda(Operation operation) {
+  return [operation](const Plan& plan, double coefficient, std::uintptr_t memory,
+                     std::uint32_t seed) {
+    const ewc_fast::cuda::Run run{plan.current_stream(), reinterpret_cast<double*>(memory), seed};
+    const py::gil_scoped_release unlocked;
+    operation(plan.table(), run, coefficient);
+  };
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -211,16 +225,18 @@ PYBIND11_MODULE(_core, m) {
       py::arg("depthwise"), py::arg("threads"), py::arg("level") = 0);
 
 #ifdef EWC_FAST_CUDA_BUILT
-  m.def("cuda_workspace", [](const Plan& plan) { return ewc_fast::cuda::workspace(plan.table()); });
-  m.def(
-      "cuda_add_penalty_grad",
-      [](const Plan& plan, double ewc_lambda, std::uintptr_t value, std::uintptr_t workspace,
-         std::uintptr_t stream) {
-        ewc_fast::cuda::add_penalty_grad(plan.table(), ewc_lambda, reinterpret_cast<double*>(value),
-                                         reinterpret_cast<double*>(workspace),
-                                         reinterpret_cast<void*>(stream));
-      },
-      py::arg("plan"), py::arg("ewc_lambda"), py::arg("value"), py::arg("workspace"),
-      py::arg("stream"));
+  m.def("cuda_memory_needed",
+        [](const Plan& plan) { return ewc_fast::cuda::memory_needed(plan.table()); });
+  const auto cuda_def = [&m](const char* name, auto operation) {
+    m.def(name, on_cuda(operation), py::arg("plan"), py::arg("coefficient"), py::arg("memory") = 0,
+          py::arg("seed") = 0);
+  };
+  cuda_def("cuda_add_penalty_grad", ewc_fast::cuda::add_penalty_grad);
+  cuda_def("cuda_penalty", ewc_fast::cuda::penalty);
+  cuda_def("cuda_penalty_grad", ewc_fast::cuda::penalty_grad);
+  cuda_def("cuda_accumulate_square", ewc_fast::cuda::accumulate_square);
+  cuda_def("cuda_merge", ewc_fast::cuda::merge);
+  cuda_def("cuda_merge_online", ewc_fast::cuda::merge_online);
+  cuda_def("cuda_proximal_step", ewc_fast::cuda::proximal_step);
 #endif
 }

@@ -35,7 +35,7 @@ struct Exchange {
   void* managed_from_object;
   void* managed_to_object;
   int (*tensor_from_object)(void* object, Tensor* out);  // borrows; 0 is success
-  void* current_stream;
+  int (*current_stream)(DeviceType type, std::int32_t device, void** stream);
 };
 
 constexpr const char* kCapsuleName = "dlpack_exchange_api";

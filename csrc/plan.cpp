@@ -64,7 +64,6 @@ void Plan::refuse(std::size_t operand, std::size_t row, const std::string& why) 
 bool Plan::refresh(const py::args& lists) {
   if (!adopted_ || lists.size() != specs_.size()) return false;
   bool moved = false;
-  TensorView now;
   for (std::size_t operand = 0; operand < specs_.size(); ++operand) {
     if (specs_[operand].pinned) continue;
     const py::object list = py::reinterpret_steal<py::object>(
@@ -74,13 +73,14 @@ bool Plan::refresh(const py::args& lists) {
     PyObject** tensors = PySequence_Fast_ITEMS(list.ptr());
     for (std::size_t row = 0; row < rows_; ++row) {
       TensorView& known = views_[operand * rows_ + row];
-      if (!reader_.read(tensors[row], now) || !now.same_form(known)) {
+      void* data = known.data;
+      if (!reader_.read_address(tensors[row], known, data)) {
         adopted_ = false;
         return false;
       }
-      if (now.data == known.data) continue;
+      if (data == known.data) continue;
       moved = true;
-      known.data = table_.rows[row].data[operand] = now.data;
+      known.data = table_.rows[row].data[operand] = data;
     }
   }
   if (moved) {
@@ -101,7 +101,7 @@ bool Plan::accepts(const py::args& lists) {
     return false;
   }
   adopted_ = std::all_of(table_.rows.begin(), table_.rows.end(),
-                         [](const Row& row) { return row.device < 0; });
+                         [&](const Row& row) { return row.device == table_.rows[0].device; });
   return adopted_;
 }
 
@@ -134,6 +134,10 @@ void Plan::adopt(const py::args& lists, const std::vector<std::int64_t>& ordinal
   table_.chunks = make_chunks(table_.rows, cpu::kChunk);
   for (const Row& row : table_.rows) table_.elements += row.numel;
   adopted_ = true;
+}
+
+void* Plan::current_stream() const {
+  return table_.rows.empty() ? nullptr : reader_.current_stream(table_.rows.front().device);
 }
 
 Row Plan::make_row(std::size_t row) const {

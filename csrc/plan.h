@@ -28,8 +28,8 @@ class Plan {
 
   // True where the lists hold tensors of the same form as those adopted; addresses are taken over.
   bool refresh(const pybind11::args& lists);
-  // Adopts the lists where they are all in order and on the CPU. False otherwise: whoever asks then
-  // finds out why and says it in the user's words.
+  // Adopts the lists where they are all in order and on one device. False otherwise: whoever asks
+  // then finds out why and says it in the user's words.
   bool accepts(const pybind11::args& lists);
   // Builds the table; throws where kernels could touch memory that the operands do not own.
   // `ordinals` are the rows' places in the call where the lists are only a part of it.
@@ -42,6 +42,8 @@ class Plan {
   // How often `refresh` has found new addresses: whoever keeps a copy sees when it is stale.
   std::int64_t moves() const { return moves_; }
   std::size_t operands() const { return specs_.size(); }
+  // PyTorch's current stream on the CUDA device that the rows are on.
+  void* current_stream() const;
 
  private:
   const TensorView& view(std::size_t operand, std::size_t row) const {

@@ -1,5 +1,6 @@
 #include "tensor_reader.h"
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -25,6 +26,26 @@ std::optional<DType> dtype_of(const std::string& name) {
   return std::nullopt;
 }
 
+bool on_host(dlpack::Device device) {
+  return device.type == dlpack::kCPU || device.type == dlpack::kCUDAHost;
+}
+bool on_gpu(dlpack::Device device) {
+  return device.type == dlpack::kCUDA || device.type == dlpack::kROCM ||
+         device.type == dlpack::kOneAPI;
+}
+int device_of(dlpack::Device device) { return on_gpu(device) ? device.index : -1; }
+
+// Whether a tensor is as the view in everything but its address. Views are only of devices and
+// dtypes that the core knows.
+bool same_form(const dlpack::Tensor& tensor, const TensorView& view) {
+  const auto ndim = static_cast<std::size_t>(tensor.ndim);
+  return (on_host(tensor.device) || on_gpu(tensor.device)) &&
+         device_of(tensor.device) == view.device && ndim == view.ndim() &&
+         dtype_of(tensor.dtype) == view.dtype &&
+         std::equal(tensor.shape, tensor.shape + ndim, view.dims.begin()) &&
+         std::equal(tensor.strides, tensor.strides + ndim, view.dims.begin() + ndim);
+}
+
 }  // namespace
 
 TensorReader::TensorReader(py::object exchange) : keep_alive_(std::move(exchange)) {
@@ -39,20 +60,43 @@ bool TensorReader::read(PyObject* tensor, TensorView& view) const {
   return exchange_ != nullptr ? read_exchange(tensor, view) : read_attributes(tensor, view);
 }
 
+bool TensorReader::export_tensor(PyObject* tensor, dlpack::Tensor& found) const {
+  if (exchange_->tensor_from_object(tensor, &found) == 0) return true;
+  PyErr_Clear();  // no tensor, or one without storage: the caller says so in its own words
+  return false;
+}
+
+bool TensorReader::read_address(PyObject* tensor, const TensorView& known, void*& data) const {
+  if (exchange_ == nullptr) {
+    TensorView now;
+    if (!read_attributes(tensor, now) || !now.same_form(known)) return false;
+    data = now.data;
+    return true;
+  }
+  dlpack::Tensor found;
+  if (!export_tensor(tensor, found) || !same_form(found, known)) return false;
+  data = static_cast<char*>(found.data) + found.byte_offset;
+  return true;
+}
+
+void* TensorReader::current_stream(int device) const {
+  if (exchange_ == nullptr) {
+    const py::object stream =
+        py::module_::import("torch").attr("cuda").attr("current_stream")(device);
+    return reinterpret_cast<void*>(py::cast<std::uintptr_t>(stream.attr("cuda_stream")));
+  }
+  void* stream = nullptr;
+  if (exchange_->current_stream(dlpack::kCUDA, device, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 bool TensorReader::read_exchange(PyObject* tensor, TensorView& view) const {
   dlpack::Tensor found;
-  if (exchange_->tensor_from_object(tensor, &found) != 0) {
-    PyErr_Clear();  // no tensor, or one without storage: the caller says so in its own words
-    return false;
-  }
+  if (!export_tensor(tensor, found)) return false;
   const std::optional<DType> dtype = dtype_of(found.dtype);
-  const auto device = found.device.type;
-  const bool on_host = device == dlpack::kCPU || device == dlpack::kCUDAHost;
-  const bool on_gpu =
-      device == dlpack::kCUDA || device == dlpack::kROCM || device == dlpack::kOneAPI;
-  if (!dtype || !(on_host || on_gpu)) return false;
+  if (!dtype || !(on_host(found.device) || on_gpu(found.device))) return false;
   view.data = static_cast<char*>(found.data) + found.byte_offset;
-  view.device = on_gpu ? found.device.index : -1;
+  view.device = device_of(found.device);
   view.dtype = *dtype;
   view.dims.resize(2 * static_cast<std::size_t>(found.ndim));
   for (int i = 0; i < found.ndim; ++i) {

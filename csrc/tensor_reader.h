@@ -35,11 +35,16 @@ class TensorReader {
 
   // False where the object is no dense CPU or CUDA tensor of a floating dtype that the core knows.
   bool read(PyObject* tensor, TensorView& view) const;
+  // Reads the address of a tensor that should be as `known` in all else; false where it is not.
+  bool read_address(PyObject* tensor, const TensorView& known, void*& data) const;
+  // PyTorch's current stream on a CUDA device.
+  void* current_stream(int device) const;
   bool uses_exchange() const { return exchange_ != nullptr; }
 
  private:
   bool read_exchange(PyObject* tensor, TensorView& view) const;
   bool read_attributes(pybind11::handle tensor, TensorView& view) const;
+  bool export_tensor(PyObject* tensor, dlpack::Tensor& found) const;
 
   pybind11::object keep_alive_;
   const dlpack::Exchange* exchange_ = nullptr;

@@ -1,21 +1,6 @@
 """Which implementation runs: a pure function of what was asked for and what is there.
 
-==============  ================================  ================================================
-``impl``        operands                          runs
-==============  ================================  ================================================
-``"auto"``      dense, on the CPU                 ``"cpu"``: C++, vector code, threads
-``"auto"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
-                                                  operation, else ``"triton"`` if available, else
-                                                  ``"reference"``
-``"auto"``      strided with gaps, or elsewhere   ``"reference"``: PyTorch
-``"cpu"``       dense, on the CPU                 ``"cpu"``, else an error
-``"cuda"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
-                                                  operation, else an error
-``"triton"``    dense, on a CUDA or XPU device;   ``"triton"`` if available, else an error
-                on the CPU in its interpreter
-``"reference"`` any                               ``"reference"``
-==============  ================================  ================================================
-
+==============  ================================  =========================================
 *Dense* means: all operands of a row have the same strides and fill their storage, in any order of
 dimensions (so ``channels_last`` is dense). The choice is made for each tensor of a list by itself.
 A backend asked for by name runs or raises; it never falls back. The products of a layer's inputs
@@ -33,7 +18,17 @@ import torch
 
 Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "triton", "reference")
-CUDA_OPERATIONS = frozenset({"add_penalty_grad_"})
+CUDA_OPERATIONS = frozenset(  # all on lists of tensors; none of the products
+    {
+        "penalty",
+        "penalty_grad",
+        "add_penalty_grad_",
+        "accumulate_square_",
+        "merge_",
+        "merge_online_",
+        "proximal_step_",
+    }
+)
 TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
 

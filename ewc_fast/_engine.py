@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ewc_fast import reference
 from ewc_fast._checks import Operation, TensorList
-from ewc_fast._dispatch import CUDA_OPERATIONS, Impl
+from ewc_fast._dispatch import Impl
 from ewc_fast._native import core
 from ewc_fast._plan import (
     ACCUMULATE_SQUARE,
@@ -62,7 +62,7 @@ def run(
             )
             _mark_written(operation, group.lists)
         elif group.impl == "cuda":
-            value = _run_cuda(operation, group, coefficient)
+            value = _run_cuda(operation, native, group, coefficient, **rounding)
             _mark_written(operation, group.lists)
         elif group.impl == "triton":
             value = _run_triton(operation, group, coefficient, **rounding)
@@ -85,19 +85,26 @@ def _resolved_seed(groups: Sequence[Group], seed: int | None) -> int:
     return int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
 
 
-def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
-    if operation.name not in CUDA_OPERATIONS:
-        raise RuntimeError(f"no CUDA kernel for {operation.name}")
-    device = group.lists[0][0].device
-    value = torch.empty((), dtype=torch.float64, device=device)
-    workspace = torch.empty(
-        core.cuda_workspace(group.core_plan), dtype=torch.float64, device=device
-    )
-    stream = torch.cuda.current_stream(device).cuda_stream
-    core.cuda_add_penalty_grad(
-        group.core_plan, coefficient, value.data_ptr(), workspace.data_ptr(), stream
-    )
-    return value
+def _run_cuda(
+    operation: Operation,
+    native: Callable[..., Any],
+    group: Group,
+    coefficient: float,
+    seed: int = 0,
+) -> Tensor | None:
+    """Launch the CUDA twin of the core's function ``native``.
+
+    Its value and the sums that lead to it share one allocation, made by PyTorch: so they may be
+    captured in a CUDA graph, and wait in its stream's order before they are used anew.
+    """
+    launch = getattr(core, f"cuda_{native.__name__}")
+    if not operation.sums:
+        launch(group.core_plan, coefficient, seed=seed)
+        return None
+    needed = core.cuda_memory_needed(group.core_plan)
+    memory = torch.empty(needed, dtype=torch.float64, device=group.lists[0][0].device)
+    launch(group.core_plan, coefficient, memory.data_ptr(), seed)
+    return memory[0]
 
 
 def _run_triton(
@@ -110,14 +117,19 @@ def _run_triton(
 
 
 def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
-    """Add values into a float64 scalar on the first parameter's device."""
+    """Add values into a float64 scalar on the first parameter's device.
+
+    Where there is one tensor and nothing to add, no kernel is launched.
+    """
     device = params[0].device if params else None
-    total: float | Tensor = 0.0
-    for value in values:
-        total = total + (value.to(device) if isinstance(value, Tensor) else value)
-    if isinstance(total, Tensor):
-        return total
-    return torch.scalar_tensor(total, dtype=torch.float64, device=device)
+    number = sum(value for value in values if not isinstance(value, Tensor))
+    tensors = [value.to(device) for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.scalar_tensor(number, dtype=torch.float64, device=device)
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total + number if number else total
 
 
 def penalty(

@@ -25,8 +25,9 @@ ADD_PENALTY_GRAD = Operation(
     "add_penalty_grad_",
     (Operand("grads", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
     measure=1,
+    sums=True,
 )
-PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR), measure=0)
+PENALTY = Operation("penalty", (_PARAMS, _FISHER, _ANCHOR), measure=0, sums=True)
 PENALTY_GRAD = Operation(
     "penalty_grad",
     (Operand("out", "param", written=True), _PARAMS, _FISHER, _ANCHOR),
@@ -47,6 +48,7 @@ MERGE = Operation(
         _PARAMS,
     ),
     measure=4,
+    sums=True,
 )
 MERGE_ONLINE = Operation(
     "merge_online_",
@@ -136,10 +138,9 @@ def _validated_groups(
     operation: Operation, lists: Sequence[TensorList], requested: Impl, pinned: Collection[str]
 ) -> list[Group]:
     _checks.impl(requested)
-    if requested in ("auto", "cpu"):
-        core_plan = _core_plan(operation, pinned)
-        if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
-            return [Group("cpu", lists, range(len(lists[0])), core_plan)]
+    whole = _whole_group(operation, lists, requested, pinned)
+    if whole is not None:
+        return [whole]
     _checks.operands(operation, lists)
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
     reasons = {tensor.device.type: _reasons(tensor.device.type) for tensor in lists[0]}
@@ -171,6 +172,24 @@ def _table(operation: Operation, lists: Sequence[TensorList], ordinals: Sequence
     from ewc_fast._triton.table import Table
 
     return Table(operation, lists, ordinals)
+
+
+def _whole_group(
+    operation: Operation, lists: Sequence[TensorList], requested: Impl, pinned: Collection[str]
+) -> Group | None:
+    """Return by far the most calls' only group: dense, on one device, all in order; else None."""
+    if requested == "reference" or not lists[0]:
+        return None
+    core_plan = _core_plan(operation, pinned)
+    if not core_plan.accepts(*lists):
+        return None
+    device_type = lists[0][0].device.type
+    chosen = choose(requested, operation.name, device_type, True, *_reasons(device_type))
+    if chosen == "reference":
+        return None
+    ordinals = range(len(lists[0]))
+    table = _table(operation, lists, ordinals) if chosen == "triton" else None
+    return Group(chosen, lists, ordinals, core_plan, table)
 
 
 def _core_plan(operation: Operation, pinned: Collection[str]) -> core.Plan:

@@ -10,11 +10,19 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "add_penalty_grad.cu"
+FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
+INSTANCES = 2 * 7  # for few rows and for many, of each dtype of parameters and Fisher
+OPERATIONS = {  # by source, and the widest accesses of each operation that reads; that writes
+    "penalty": {"AddPenaltyGrad": (128, 64), "Penalty": (128, 0), "PenaltyGrad": (128, 64)},
+    "accumulate_square": {"AccumulateSquare": (128, 64)},
+    "merge": {"Merge": (128, 128), "MergeOnline": (128, 128)},
+    "proximal_step": {"ProximalStep": (128, 64)},
+}
 
 
 def cuobjdump() -> str | None:
@@ -26,36 +34,74 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
+class Compiled(NamedTuple):
+    source: str
+    report: str  # the compiler's, of resources
+    cubin: Path
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
-def compiled(request, tmp_path_factory):
-    """The compiler's resource report and the cubin for one architecture."""
+def architecture(request):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
-    cubin = tmp_path_factory.mktemp("cubin") / f"sm_{request.param}.cubin"
-    options = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xptxas", "-v"]
-    target = [f"-arch=sm_{request.param}", "-cubin", "-o", str(cubin), str(SOURCE)]
-    result = subprocess.run(["nvcc", *options, *target], capture_output=True, text=True)
+    return request.param
+
+
+@pytest.fixture(scope="module", params=OPERATIONS)
+def compiled(request, architecture, tmp_path_factory):
+    source = request.param
+    cubin = tmp_path_factory.mktemp("cubin") / f"{source}_{architecture}.cubin"
+    options = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xptxas", "-v", "-cubin"]
+    files = [f"-arch=sm_{architecture}", "-o", str(cubin), str(FOLDER / f"{source}.cu")]
+    result = subprocess.run(["nvcc", *options, *files], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stderr, cubin
+    return Compiled(source, result.stderr, cubin)
 
 
-def test_no_kernel_spills_registers_or_uses_a_stack(compiled):
-    report, _ = compiled
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
-    assert len(frames) == 5  # one kernel for each dtype, and the sum
-    assert set(frames) == {("0", "0")}
-
-
-def test_memory_is_moved_in_16_byte_global_accesses(compiled):
-    _, cubin = compiled
+@pytest.fixture(scope="module")
+def kernels(compiled):
+    """The machine code of each kernel, by the name of its operation."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("cuobjdump is neither bundled with triton nor on PATH")
-    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
-    kernels = [k for k in text.stdout.split("Function :")[1:] if "add_penalty_grad_kernel" in k]
-    assert len(kernels) == 4
-    for kernel in kernels:
-        assert "LDG.E.128" in kernel
-        assert "STG.E.128" in kernel
-        # generic accesses would mean that the compiler lost the pointers' address space
-        assert not re.search(r"\b(LD|ST)\.E|\b(LDL|STL)\b", kernel)
+    command = [tool, "-sass", str(compiled.cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {name: [] for name in OPERATIONS[compiled.source]}
+    for code in text.split("Function :")[1:]:
+        mangled = code.split(maxsplit=1)[0]
+        for name, codes in found.items():
+            if f"{len(name)}{name}I" in mangled:
+                codes.append(code)
+    return found
+
+
+def widest(code: str, instruction: str) -> int:
+    """Return the bits of the widest access of a kind."""
+    widths = re.findall(rf"\b{instruction}\.E\.(64|128)\b", code)
+    return max(map(int, widths), default=0)
+
+
+def test_no_kernel_spills_registers_or_uses_a_stack(compiled):
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", compiled.report)
+    assert len(frames) == INSTANCES * len(OPERATIONS[compiled.source]) + 1  # and the sum
+    assert set(frames) == {("0", "0")}
+
+
+def test_memory_is_moved_in_wide_global_accesses(compiled, kernels):
+    """16 bytes for the widest operand; as many elements, at least 8 bytes, for the others."""
+    for name, (read, written) in OPERATIONS[compiled.source].items():
+        assert len(kernels[name]) == INSTANCES
+        for code in kernels[name]:
+            assert widest(code, "LDG") >= read
+            assert widest(code, "STG") >= written
+            # generic accesses would mean that the compiler lost the pointers' address space
+            assert not re.search(r"\b(LD|ST)\.E|\b(LDL|STL)\b", code)
+
+
+def test_float_operations_move_all_operands_16_bytes_at_a_time(compiled, kernels):
+    for name, (_, written) in OPERATIONS[compiled.source].items():
+        of_floats = [code for code in kernels[name] if "5TypesIffE" in code.split(maxsplit=1)[0]]
+        assert len(of_floats) == 2
+        for code in of_floats:
+            assert widest(code, "LDG") == 128
+            assert widest(code, "STG") == (128 if written else 64)  # 64: the block's own sum

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ewc_fast import _triton, functional
-from ewc_fast._dispatch import choose
+from ewc_fast import _plan, _triton, functional
+from ewc_fast._checks import Operation
+from ewc_fast._dispatch import CUDA_OPERATIONS, choose
 from ewc_fast._native import core, cuda_unavailable
 
 LIST, PRODUCT = "add_penalty_grad_", "accumulate_squared_product_"
@@ -85,6 +86,11 @@ def test_where_triton_can_run(interpreted, device, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
     found = _triton.unavailable(device)
     assert found is None if reason is None else reason in found
+
+
+def test_every_operation_on_lists_has_a_cuda_kernel():
+    operations = [value for value in vars(_plan).values() if isinstance(value, Operation)]
+    assert {operation.name for operation in operations} == CUDA_OPERATIONS
 
 
 def test_asking_for_cuda_on_cpu_tensors_never_falls_back():

@@ -1,142 +1,208 @@
-// One chunk loop for every operation over lists of tensors: rows go to the kernel by value, as many
-// as fit into its parameters, and each block works on one chunk of one row.
+// One loop for every operation over lists of tensors.
+//
+// An operation is a functor: its Row holds the pointers of one row, step() does the elements that
+// one thread takes at once. Rows go to the kernel by value, in its parameters: nothing is uploaded
+// that could go stale, nothing must be kept alive until the kernel has run, and a CUDA graph keeps
+// its own copy. Parameters may take 32,764 bytes (sm_70 and later; CUDA 12.1 and a driver R530 or
+// later), room for 500 rows and more, so that most models are one launch. Each block looks its row
+// up by bisection in the constant bank that parameters lie in, at the same addresses in all
+// threads: nine reads or so before tens of kilobytes of work.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
-#include <string>
 
 #include "../operands.h"
+#include "elements.cuh"
+#include "operations.h"
+#include "reduce.cuh"
 
 namespace ewc_fast::cuda {
 
-constexpr int kThreads = 256;
-constexpr std::int64_t kChunk = 16384;  // elements of one block; keeps 16-byte alignment
-constexpr int kRowsPerLaunch = 36;      // what fits into the 4 KB of kernel parameters
-constexpr int kBlocksPerLaunch = 320;
+constexpr std::size_t kParameterBytes = 32764;
+constexpr int kFewRows = 48;  // below 4 KB, which is cheaper to launch
 
-template <int Operands>
-struct Batch {
-  void* data[Operands][kRowsPerLaunch];
-  std::int64_t numel[kRowsPerLaunch];
-  std::int32_t chunk_of_block[kBlocksPerLaunch];
-  std::uint8_t row_of_block[kBlocksPerLaunch];
+// A block works on one chunk of one row: long chunks for large tables, shorter ones where else some
+// multiprocessors would have nothing to do. From the shapes alone, so that sums repeat bit for bit
+// on every device, for operands aligned alike. Every length keeps 16-byte alignment.
+constexpr std::int64_t kLongestChunk = 16384, kShortestChunk = 1024, kEnoughBlocks = 2048;
+
+inline std::int64_t chunk_length(const Table& table) {
+  std::int64_t length = kLongestChunk;
+  while (length > kShortestChunk && table.elements < length * kEnoughBlocks) length /= 2;
+  return length;
+}
+inline std::int64_t blocks_of(const Row& row, std::int64_t chunk) {
+  return (row.numel + chunk - 1) / chunk;
+}
+
+struct Nothing {};  // the sum of an operation without a value
+
+template <class OpRow, int Capacity>
+struct Rows {
+  OpRow row[Capacity];
+  std::int64_t numel[Capacity];
+  std::int32_t first_block[Capacity];
   // Decided on the host: integer arithmetic on a pointer in the kernel would make the compiler
   // lose its address space and fall back to generic loads.
-  bool aligned[kRowsPerLaunch];
-  std::int64_t first_block;  // blocks in the launches before this one
+  bool aligned[Capacity];
+  std::int32_t count, chunk;
 };
 
-// Neighbouring elements moved by 16-byte accesses.
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
-  T at[N];
-};
-template <class T>
-constexpr int kPack = 16 / sizeof(T);
-
-template <class T>
-struct Types {
-  using compute = float;
-  using state = float;
-};
-template <>
-struct Types<double> {
-  using compute = double;
-  using state = double;
-};
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-// Makes `device` current while it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+// The last row whose blocks begin at or before `block`.
+template <class OpRow, int Capacity>
+__device__ int row_of(const Rows<OpRow, Capacity>& rows, int block) {
+  int row = 0, after = rows.count;
+  while (after - row > 1) {
+    const int middle = (row + after) / 2;
+    (rows.first_block[middle] <= block ? row : after) = middle;
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-
-// Launches on `stream` and checks. Compiled as plain C++ (tests/cuda_on_host) the threads of each
-// block run as fibers instead.
-template <class... Params, class... Args>
-void launch_kernel(const char* name, void (*kernel)(Params...), int blocks, cudaStream_t stream,
-                   const Args&... args) {
-#if defined(__CUDACC__)
-  kernel<<<blocks, kThreads, 0, stream>>>(args...);
-#else
-  run_on_host(blocks, kThreads, [&] { kernel(args...); });
-#endif
-  check(cudaGetLastError(), name);
+  return row;
 }
 
-inline std::int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+template <class Op, int Capacity>
+__global__ void __launch_bounds__(kThreads)
+    over_rows(const Rows<typename Op::Row, Capacity> __grid_constant__ rows, const Op op,
+              double* partial) {
+  constexpr int N = Op::kPack;
+  const int block = blockIdx.x, index = row_of(rows, block);
+  const typename Op::Row row = rows.row[index];
+  const std::int64_t begin = std::int64_t{block - rows.first_block[index]} * rows.chunk;
+  const std::int64_t numel = rows.numel[index];
+  const std::int64_t end = begin + rows.chunk < numel ? begin + rows.chunk : numel;
 
-template <int Operands>
+  // Not unrolled: the stores of one step keep the loads of the next behind them anyway. With 32
+  // registers a multiprocessor holds all the threads it can, and these have loads enough in flight.
+  typename Op::Sum sum{};
+  std::int64_t packs_end = begin;
+  if (rows.aligned[index]) {
+    packs_end += (end - begin) / N * N;
+#pragma unroll 1
+    for (std::int64_t i = begin + threadIdx.x * N; i < packs_end; i += kThreads * N)
+      op.step(row, Neighbours<N>{i}, sum);
+  } else {
+    packs_end += (end - begin) / (kThreads * N) * (kThreads * N);
+#pragma unroll 1
+    for (std::int64_t i = begin + threadIdx.x; i < packs_end; i += kThreads * N)
+      op.step(row, Apart<N>{i}, sum);
+  }
+#pragma unroll 1
+  for (std::int64_t i = packs_end + threadIdx.x; i < end; i += kThreads)
+    op.step(row, Apart<1>{i}, sum);
+
+  if constexpr (!std::is_same_v<typename Op::Sum, Nothing>) {
+    const double total = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) partial[block] = total;
+  }
+}
+
+// Whether every operand begins at a multiple of its pack's bytes, in every sample.
+template <class Op>
 bool aligned(const Row& row) {
-  return std::all_of(row.data.begin(), row.data.begin() + Operands, [](const void* pointer) {
-    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
-  });
+  std::uintptr_t off = row.samples > 1 ? row.sample_stride % Op::kPack : 0;
+  for (int operand = 0; operand < Op::kOperands; ++operand)
+    off |= reinterpret_cast<std::uintptr_t>(row.data[operand]) &
+           std::min<std::uintptr_t>(15, row.step[operand] * Op::kPack - 1);
+  return off == 0;
 }
 
-// Calls launch(batch, blocks) until every chunk of every row of `dtype` has had its block.
-// Returns the number of blocks in all, `first_block` included.
-template <int Operands, class Launch>
-std::int64_t launch_batches(const Table& table, DType dtype, std::int64_t first_block,
-                            Launch launch) {
-  Batch<Operands> batch;
-  batch.first_block = first_block;
-  int rows = 0, blocks = 0;
+// Where the blocks after these leave their sums, if blocks do.
+inline double* after(double* partial, std::int64_t blocks) {
+  return partial == nullptr ? nullptr : partial + blocks;
+}
+
+// Launches over the rows that `belongs` picks, at most Capacity in one launch. Returns the number
+// of blocks, each of which has left its sum in `partial`.
+template <class Op, int Capacity, class Belongs>
+std::int64_t launch_over(const char* name, const Table& table, const Op& op, Run run,
+                         double* partial, Belongs belongs) {
+  Rows<typename Op::Row, Capacity> rows;
+  static_assert(sizeof rows + sizeof op + sizeof partial + 16 <= kParameterBytes);
+  rows.count = 0;
+  rows.chunk = static_cast<std::int32_t>(chunk_length(table));
+  std::int64_t blocks = 0, launched = 0;
   const auto flush = [&] {
-    if (blocks > 0) launch(batch, blocks);
-    batch.first_block += blocks;
-    rows = blocks = 0;
-  };
-  const auto place = [&](const Row& row) {
-    for (int operand = 0; operand < Operands; ++operand)
-      batch.data[operand][rows] = row.data[operand];
-    batch.numel[rows] = row.numel;
-    batch.aligned[rows] = aligned<Operands>(row);
-    return rows++;
+    if (blocks == 0) return;
+    const Grid grid{static_cast<int>(blocks), kThreads, static_cast<cudaStream_t>(run.stream)};
+    launch_kernel(name, over_rows<Op, Capacity>, grid, rows, op, after(partial, launched));
+    launched += blocks;
+    blocks = rows.count = 0;
   };
   for (const Row& row : table.rows) {
-    if (row.dtype != dtype || row.numel == 0) continue;
-    if (rows == kRowsPerLaunch || blocks == kBlocksPerLaunch) flush();
-    int placed = place(row);
-    for (std::int64_t chunk = 0; chunk < chunks_of(row); ++chunk) {
-      if (blocks == kBlocksPerLaunch) {
-        flush();
-        placed = place(row);
-      }
-      batch.row_of_block[blocks] = static_cast<std::uint8_t>(placed);
-      batch.chunk_of_block[blocks++] = static_cast<std::int32_t>(chunk);
-    }
+    if (row.numel == 0 || !belongs(row)) continue;
+    const std::int64_t more = blocks_of(row, rows.chunk);
+    if (rows.count == Capacity || blocks + more > std::numeric_limits<std::int32_t>::max()) flush();
+    rows.row[rows.count] = Op::row(row, random_bits(run.seed, row.ordinal));
+    rows.numel[rows.count] = row.numel;
+    rows.first_block[rows.count] = static_cast<std::int32_t>(blocks);
+    rows.aligned[rows.count++] = aligned<Op>(row);
+    blocks += more;
   }
   flush();
-  return batch.first_block;
+  return launched;
 }
 
-// Calls body(index of the pack or element, whether a whole pack) over this block's chunk.
-template <int PackSize, class Vector, class Scalar>
-__device__ void for_chunk(std::int64_t begin, std::int64_t end, bool use_packs, Vector vector,
-                          Scalar scalar) {
-  const std::int64_t packs_end = use_packs ? begin + (end - begin) / PackSize * PackSize : begin;
-  for (std::int64_t i = begin + threadIdx.x * PackSize; i < packs_end; i += kThreads * PackSize)
-    vector(i);
-  for (std::int64_t i = packs_end + threadIdx.x; i < end; i += kThreads) scalar(i);
+// Calls visit(dtype, whether the Fisher is bfloat16, Types) for every instance there is.
+template <class Visit>
+void for_each_types(Visit visit) {
+  visit(DType::float32, false, Types<float, float>{});
+  visit(DType::float64, false, Types<double, double>{});
+  visit(DType::bfloat16, false, Types<__nv_bfloat16, float>{});
+  visit(DType::float16, false, Types<__half, float>{});
+  visit(DType::float32, true, Types<float, __nv_bfloat16>{});
+  visit(DType::bfloat16, true, Types<__nv_bfloat16, __nv_bfloat16>{});
+  visit(DType::float16, true, Types<__half, __nv_bfloat16>{});
+}
+
+inline int device_of(const Table& table) {
+  const int device = table.rows.empty() ? 0 : table.rows.front().device;
+  for (const Row& row : table.rows) {
+    if (row.device != device || device < 0)
+      throw std::invalid_argument("the tensors of one call must be on one CUDA device");
+    if (row.dtype == DType::float64 && row.fisher == DType::bfloat16)
+      throw std::invalid_argument("a bfloat16 Fisher does not go with float64 parameters");
+  }
+  return device;
+}
+
+// Runs the operation over all rows; returns the number of blocks. The device must be current.
+template <template <class> class Operation>
+std::int64_t launch_all(const char* name, const Table& table, double coefficient, Run run,
+                        double* partial) {
+  std::int64_t blocks = 0;
+  for_each_types([&](DType dtype, bool half_fisher, auto types) {
+    using Op = Operation<decltype(types)>;
+    constexpr std::size_t row_bytes = sizeof(Rows<typename Op::Row, 8>) / 8;
+    constexpr int most = (kParameterBytes - sizeof(Op) - 64) / row_bytes;
+    const auto belongs = [&](const Row& row) {
+      return row.dtype == dtype && (row.fisher == DType::bfloat16) == half_fisher;
+    };
+    const auto rows = std::count_if(table.rows.begin(), table.rows.end(), belongs);
+    const Op op(coefficient);
+    if (rows > kFewRows)
+      blocks += launch_over<Op, most>(name, table, op, run, after(partial, blocks), belongs);
+    else if (rows > 0)
+      blocks += launch_over<Op, kFewRows>(name, table, op, run, after(partial, blocks), belongs);
+  });
+  return blocks;
+}
+
+template <template <class> class Operation>
+void for_rows(const char* name, const Table& table, double coefficient, Run run) {
+  const DeviceGuard guard(device_of(table));
+  launch_all<Operation>(name, table, coefficient, run, nullptr);
+}
+
+// The same, and run.memory[0] = factor * (the sum over all elements).
+template <template <class> class Operation>
+void sum_rows(const char* name, const Table& table, double coefficient, double factor, Run run) {
+  const DeviceGuard guard(device_of(table));
+  double* const partial = run.memory + 1;
+  const std::int64_t blocks = launch_all<Operation>(name, table, coefficient, run, partial);
+  const Grid one{1, kSumThreads, static_cast<cudaStream_t>(run.stream)};
+  launch_kernel("sum_partials", sum_partials, one, static_cast<const double*>(partial), blocks,
+                factor, run.memory);
 }
 
 }  // namespace ewc_fast::cuda

@@ -1,5 +1,6 @@
-// The GPU operations over a table whose rows are all on one device. Asynchronous on `stream`;
-// nothing here allocates or waits, so calls can be captured in a CUDA graph.
+// The GPU operations over a table whose rows are all on one device; operands stand in the order of
+// each comment. Asynchronous on the stream; nothing here allocates or waits, so calls can be
+// captured in a CUDA graph. Values are the same bits in every run.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +15,21 @@ constexpr const char* kArchitectures = EWC_FAST_CUDA_BUILT;
 constexpr const char* kArchitectures = "";
 #endif
 
-// How many doubles of device memory `add_penalty_grad` needs for its partial sums.
-std::int64_t workspace(const Table& table);
+struct Run {
+  void* stream = nullptr;
+  double* memory = nullptr;  // memory_needed() doubles on the device, for operations with a value
+  std::uint32_t seed = 0;    // of the rounding where a bfloat16 Fisher is written
+};
 
-// grad += lambda F (theta - a), over operands grad, param, F, a; *value (on the device) becomes
-// lambda/2 sum F (theta - a)^2, bit for bit the same in every run.
-void add_penalty_grad(const Table& table, double ewc_lambda, double* value, double* workspace,
-                      void* stream);
+// How many doubles an operation with a value needs on the device; it leaves the value in the first.
+std::int64_t memory_needed(const Table& table);
+
+void add_penalty_grad(const Table& table, Run run, double ewc_lambda);  // value; grad, param, F, a
+void penalty(const Table& table, Run run, double ewc_lambda);           // value; param, F, a
+void penalty_grad(const Table& table, Run run, double ewc_lambda);      // out, param, F, a
+void accumulate_square(const Table& table, Run run, double weight);     // F, grads
+void merge(const Table& table, Run run, double gamma);  // value; F, a, residual, new F, param
+void merge_online(const Table& table, Run run, double gamma);        // F, a, new F, param
+void proximal_step(const Table& table, Run run, double eta_lambda);  // param, F, a
 
 }  // namespace ewc_fast::cuda

@@ -29,12 +29,13 @@ class Operation:
     """An operation's name and operands, in the order the kernels take them.
 
     ``measure`` is the position of the operand that shapes and devices are compared with: the
-    parameters, where there are any.
+    parameters, where there are any. ``sums`` says that the operation has a value.
     """
 
     name: str
     operands: tuple[Operand, ...]
     measure: int
+    sums: bool = False
 
     @property
     def rounds(self) -> bool:

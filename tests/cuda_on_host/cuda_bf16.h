@@ -9,3 +9,9 @@ struct __nv_bfloat16 {
   explicit __nv_bfloat16(float value) { ewc_fast::store(stored, value); }
   operator float() const { return ewc_fast::load(stored); }
 };
+
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+  __nv_bfloat16 value;
+  value.stored.bits = bits;
+  return value;
+}

@@ -9,7 +9,9 @@
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -18,7 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
-#define __grid_constant__
+#define __grid_constant__ &  // large parameters: not on every fiber's small stack
 #define __launch_bounds__(threads)
 
 struct Index {
@@ -35,9 +37,11 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 namespace host {
 
+constexpr std::size_t kStackBytes = 64 * 1024;
+
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(64 * 1024);
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   int synchronisations = 0;
   bool done = false;
 };
@@ -45,6 +49,7 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::vector<double> exchanged;
+inline int launches = 0;
 inline bool reverse_order = false;  // of the threads within a block: results must not depend on it
 
 inline Fiber& current() { return fibers[threadIdx.x]; }
@@ -58,12 +63,14 @@ inline void synchronise() {
 }
 
 inline void run_block(int threads) {
-  fibers = std::vector<Fiber>(threads);
+  fibers.resize(threads);
   exchanged.assign(threads, 0);
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.synchronisations = 0;
+    fiber.done = false;
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
@@ -86,10 +93,17 @@ inline void run_block(int threads) {
 template <class Body>
 void run_on_host(int blocks, int threads, Body body) {
   host::body = body;
+  ++host::launches;
   for (int block = 0; block < blocks; ++block) {
     blockIdx.x = block;
     host::run_block(threads);
   }
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
 }
 
 inline void __syncthreads() { host::synchronise(); }
