@@ -50,14 +50,29 @@ def on_device(run):
     return wrapped
 
 
-def assert_triton_adds(grads: Tensor, inputs: Tensor, layout: Plan | None, what: str = "total"):
-    far = grads.to(DEVICE), inputs.to(DEVICE)
-    assert_adds(
-        on_device(lambda total, bias: add_squared_product_(total, *far, bias, layout=layout)),
-        grads,
-        inputs,
-        what,
-    )
+def tensor_core_roundings(grads: Tensor) -> int:
+    """Return how many roundings of float32 tensor cores take more than a sum in float32.
+
+    They cut sums off, an error of up to two roundings; three passes of TF32 lose up to 12, and one
+    position's squares are rounded. The interpreter, and float64, do without.
+    """
+    if DEVICE == "cpu" or grads.dtype == torch.float64:
+        return 0
+    samples, positions = grads.shape[:2]
+    return 14 + (samples if positions == 1 else positions)
+
+
+def assert_triton_adds(grads: Tensor, inputs: Tensor, layout: Plan):
+    far = keeping_strides(grads), keeping_strides(inputs)
+    run = on_device(lambda total, bias: add_squared_product_(total, *far, bias, layout=layout))
+    assert_adds(run, grads, inputs, more_roundings=tensor_core_roundings(grads))
+
+
+def keeping_strides(tensor: Tensor) -> Tensor:
+    """Return a tensor of equal strides on the device of the tests."""
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.as_strided(tensor, (reach + 1,), (1,)).to(DEVICE)
+    return memory.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def small_plan(samples: int, positions: int, splits: int = 1) -> Plan:
@@ -110,7 +125,8 @@ def test_the_layout_of_the_rules_adds_the_same(size, dtype):
             total, grads.to(DEVICE), inputs.to(DEVICE), bias_total=bias_total, impl="triton"
         )
 
-    assert_adds(on_device(run), grads, inputs)
+    more = tensor_core_roundings(grads)
+    assert_adds(on_device(run), grads, inputs, more_roundings=more)
 
 
 SPLIT = {
@@ -179,7 +195,8 @@ def test_rows_of_the_total_may_lie_apart_and_nothing_between_is_touched():
         total, bias_total = room[:, 5:40].zero_(), bias_room[::2].zero_()
         layout = small_plan(4, 9, splits)
         add_squared_product_(total, grads, inputs, bias_total, layout=layout)
-        exact, budget = one_sample_at_a_time(grads.cpu(), inputs.cpu())
+        more = tensor_core_roundings(grads)
+        exact, budget = one_sample_at_a_time(grads.cpu(), inputs.cpu(), more)
         assert_within(total.cpu(), exact, budget, "total")
         assert torch.equal(room[:, :5].cpu(), torch.full((14, 5), 7.0))
         assert torch.equal(room[:, 40:].cpu(), torch.full((14, 10), 7.0))
@@ -238,7 +255,8 @@ def test_samples_of_unequal_length(lengths, splits, dtype):
                      for part in operand.split(lengths)])
         for operand in (grads, inputs)
     ]  # fmt: skip
-    assert_within(total.cpu(), *one_sample_at_a_time(*padded), "total")
+    more = tensor_core_roundings(padded[0])
+    assert_within(total.cpu(), *one_sample_at_a_time(*padded, more), "total")
     ones = torch.ones(len(lengths), longest, 1)
     exact, budget = one_sample_at_a_time(padded[0], ones)
     assert_within(bias_total.cpu(), exact[:, 0], budget[:, 0], "bias")
@@ -249,11 +267,12 @@ def test_the_rules_layout_of_samples_of_unequal_length_adds_the_same():
     total = torch.zeros(6, 5, device=DEVICE)
     offsets = torch.tensor([0, 10, 30], device=DEVICE)
     add_ragged_squared_product_(total, grads.to(DEVICE), inputs.to(DEVICE), offsets, None)
-    exact = sum(
-        (g.double().t() @ a.double()).square()
-        for g, a in zip(grads.split([10, 20]), inputs.split([10, 20]), strict=True)
-    )
-    assert_within(total.cpu(), exact, 1e-5 * exact.max(), "total")
+    padded = [
+        torch.stack([torch.cat([operand[:10], torch.zeros(10, operand.shape[1])]), operand[10:]])
+        for operand in (grads, inputs)
+    ]
+    more = tensor_core_roundings(padded[0])
+    assert_within(total.cpu(), *one_sample_at_a_time(*padded, more), "total")
 
 
 def test_tf32_is_used_only_where_pytorch_was_told_to():
