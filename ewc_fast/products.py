@@ -38,6 +38,8 @@ CHUNK_BYTES = 2 << 20
 REFERENCE_BYTES = 64 << 20
 """Of per-sample products that the reference may form at a time."""
 
+_WHY_NO_TRITON = {"accumulate_squared_convolution_": "no kernel has been written for it"}
+
 
 def accumulate_squared_product_(
     total: Tensor,
@@ -221,10 +223,8 @@ def _samples_at_once(most_bytes: int, total: Tensor) -> int:
 
 def _implementation(impl: Impl, operation: str, total: Tensor) -> Impl:
     why_no_cuda = cuda_unavailable() if impl == "cuda" else None
-    device = total.device.type
-    asks = impl == "triton" or (impl == "auto" and device != "cpu")
-    why_no_triton = _triton.unavailable(device) if asks else "nobody asked"
-    return choose(impl, operation, device, True, why_no_cuda, why_no_triton)
+    why_no_triton = _WHY_NO_TRITON.get(operation) or _triton.unavailable(total.device.type)
+    return choose(impl, operation, total.device.type, True, why_no_cuda, why_no_triton)
 
 
 def _mark_written(total: Tensor, bias_total: Tensor | None) -> None:
