@@ -18,8 +18,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ewc_fast._triton import product_kernels, squared_product  # noqa: E402
-from ewc_fast._triton.product_plan import Operand, Plan, dot, plan, tiles_of  # noqa: E402
+from ewc_fast._triton import product_kernels, squared_product
+from ewc_fast._triton.product_plan import Operand, Plan, dot, plan, tiles_of
 
 TYPES = {
     torch.float32: "*fp32",
@@ -30,7 +30,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 SPECIALIZED = {
-    "bias_row", "total_row", "grads_position", "grads_row", "inputs_position", "inputs_column",
+    "out_split", "split_length", "bias_row", "total_row",
+    "grads_position", "grads_row", "inputs_position", "inputs_column",
 }  # fmt: skip
 """Integers that Triton looks at: 1 becomes a constant, multiples of 16 are known as such."""
 

@@ -119,7 +119,7 @@ def tiles_of(
     """
     if dtype == torch.float64:
         return _TILES["double"]
-    if least_bytes < 4 or precision == "ieee" and widened:
+    if least_bytes < 4 or (precision == "ieee" and widened):
         return _TILES["scalar"]
     if not widened:
         return _TILES["native"]
@@ -155,7 +155,7 @@ def plan(
 ) -> Plan:
     """Return the largest tile that gives half the multiprocessors work, else the smallest."""
     for tile in tiles:
-        if tile.rows > 64 and rows <= 64 or tile.columns > 64 and columns <= 64:
+        if (tile.rows > 64 and rows <= 64) or (tile.columns > 64 and columns <= 64):
             continue
         tile = with_fewest_steps(tile, positions)
         count = tile.count(rows, columns)
@@ -187,3 +187,9 @@ def split(samples: int, sample_steps: int, tiles: int, multiprocessors: int) -> 
     each = -(-samples // min(wanted, samples)) * sample_steps
     count = -(-steps // each)
     return Split(count, each, count, steps, cuts_samples=False)
+
+
+def whole_samples(given: Split, samples: int) -> Split:
+    """Return a split of about as many shares that cuts no sample, for samples of any length."""
+    count = min(given.count, samples)
+    return Split(count, 0, count, 0, cuts_samples=False)  # a table says where shares begin
