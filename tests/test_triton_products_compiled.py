@@ -202,7 +202,7 @@ def test_a_steps_products_are_under_way_while_the_next_ones_are_issued(built):
 
 
 @pytest.mark.parametrize(("name", "blocks", "threads"), [
-    ("large", 1, 256), ("few_rows", 2, 256), ("small", 4, 128), ("parts_of_samples", 2, 256),
+    ("large", 1, 256), ("few_rows", 2, 256), ("small", 4, 128), ("parts_of_samples", 4, 128),
 ])  # fmt: skip
 def test_as_many_blocks_fit_a_multiprocessor_as_the_table_says(built, name, blocks, threads):
     code = built[name, 90]

@@ -15,7 +15,7 @@ time have neighbouring tiles; from memory at least N T (O + I) elements and 8 O 
 At O = I = 4096, T = 2048, N = 8 in bfloat16: 0.55 Pflop, 0.56 ms at an H200's 989 Tflop/s, against
 0.4 GB, 0.08 ms at its 4.8 TB/s: bound by tensor cores. Shared memory is close behind: of a tile of
 128 x 128, a step of 64 positions takes 512 cycles of tensor cores, and moves 80 KB in and out of
-shared memory, 640 cycles at 128 bytes each. At T = 1, F's bytes allow N / 4 flop each where the chip
+shared memory, 640 cycles at 128 bytes each. At T = 1, a byte of F allows N / 4 flop where the chip
 has 206: memory bounds it up to N = 800, with tf32x3 up to 140.
 """
 
