@@ -15,8 +15,8 @@ Results repeat bit for bit for any number of threads. A call that raises has wri
 the reference.
 
 Triton multiplies bfloat16 and float16 exactly, and float32 in three passes of TF32, each product
-with an error of at most twelve float32 roundings. Only where PyTorch was told to use TF32 for matrix
-products (``torch.backends.cuda.matmul.fp32_precision = "tf32"``) does one pass do.
+with an error of at most twelve float32 roundings. Only where PyTorch was told to use TF32 for its
+matrix products (``torch.backends.cuda.matmul.fp32_precision = "tf32"``) does one pass do.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def add_squared_product_(
     chosen = _implementation(impl, "accumulate_squared_product_", total)
     if chosen == "triton":
         from ewc_fast._triton import squared_product
+        from ewc_fast._triton.precision import float32_precision
 
         squared_product.add_squared_product_(
-            total, grads, inputs, bias_total, float32=squared_product.float32_precision()
+            total, grads, inputs, bias_total, float32=float32_precision()
         )
         _mark_written(total, bias_total)
     elif chosen == "reference":

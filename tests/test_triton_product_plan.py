@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ewc_fast._triton.precision import float32_precision
 from ewc_fast._triton.product_plan import (
     Operand,
     Tile,
@@ -20,9 +21,6 @@ from ewc_fast._triton.product_plan import (
 
 
 def test_tf32_is_used_only_where_pytorch_was_told_to():
-    pytest.importorskip("triton")
-    from ewc_fast._triton.squared_product import float32_precision
-
     matmul = torch.backends.cuda.matmul
     assert float32_precision() == "tf32x3"
     setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"

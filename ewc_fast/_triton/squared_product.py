@@ -1,10 +1,10 @@
 r"""The squared product on tensor cores: prepares and launches :mod:`.product_kernels`.
 
-Results are the same bits whenever the shapes, strides and number of multiprocessors are: no atomics.
+Equal shapes, strides and numbers of multiprocessors give equal bits: there are no atomics.
 
-Error of F, with u = 2^-24: a sample's sum is wrong by e = (T + 1) u sum_t |g a|, as any float32 sum,
-twice that at most where tensor cores cut sums off instead of rounding them, and by what the factors
-lose (:data:`.product_plan.Precision`); F by sum_n (2 |sum_t g a| e + e^2) + (N + 3) u F.
+Error of F, with u = 2^-24: a sample's sum is wrong by e = (T + 1) u sum_t |g a|, like any float32
+sum, twice that at most where tensor cores cut sums off instead of rounding them, and by what the
+factors lose (:data:`.product_plan.Precision`); F by sum_n (2 |sum_t g a| e + e^2) + (N + 3) u F.
 """
 
 from __future__ import annotations
@@ -116,15 +116,6 @@ def add_ragged_squared_product_(
     layout = layout or product.plan(total, samples, -(-len(grads) // samples))
     layout = Plan(layout.tile, whole_samples(layout.split, samples))
     _launch(total, bias_total, product, layout, _ragged_steps(offsets, len(grads), layout))
-
-
-def float32_precision() -> Precision:
-    """Return how float32 is multiplied: TF32 where PyTorch was told to use it for its products."""
-    matmul = torch.backends.cuda.matmul
-    # Reading allow_tf32 raises where this newer setting, of PyTorch 2.9, was used.
-    setting = getattr(matmul, "fp32_precision", None)
-    allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
-    return "tf32" if allowed else "tf32x3"
 
 
 def _launch(
