@@ -9,9 +9,14 @@ The operations here form it without keeping per-sample gradients, at about the c
 weight gradient. Arithmetic is in the total's dtype, float32, or float64 beside float64 operands.
 Results repeat bit for bit for any number of threads. A call that raises has written nothing.
 
-``impl`` is ``"cpu"`` (the native kernel), ``"reference"`` (PyTorch), or ``"auto"``, which on the
-CPU chooses between the kernel and PyTorch's own products by
-:func:`ewc_fast._dispatch.product_way`, and elsewhere takes the reference.
+``impl`` is ``"cpu"`` (the native kernel), ``"triton"`` (tensor cores), ``"reference"`` (PyTorch) or
+``"auto"``, which on the CPU chooses between the kernel and PyTorch's own products by
+:func:`ewc_fast._dispatch.product_way`, on CUDA takes Triton where it is installed, and elsewhere
+the reference.
+
+Triton multiplies bfloat16 and float16 exactly, and float32 in three passes of TF32, each product
+with an error of at most twelve float32 roundings. Only where PyTorch was told to use TF32 for its
+matrix products (``torch.backends.cuda.matmul.fp32_precision = "tf32"``) does one pass do.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewc_fast import _checks, _engine, reference
+from ewc_fast import _checks, _engine, _triton, reference
 from ewc_fast._dispatch import Impl, choose, product_way
 from ewc_fast._native import core, cuda_unavailable, reader
 
@@ -33,7 +38,7 @@ CHUNK_BYTES = 2 << 20
 REFERENCE_BYTES = 64 << 20
 """Of per-sample products that the reference may form at a time."""
 
-_WHY_NO_TRITON = "no kernel has been written for it"
+_WHY_NO_TRITON = {"accumulate_squared_convolution_": "no kernel has been written for it"}
 
 
 def accumulate_squared_product_(
@@ -70,7 +75,16 @@ def add_squared_product_(
     total: Tensor, grads: Tensor, inputs: Tensor, bias_total: Tensor | None, impl: Impl = "auto"
 ) -> None:
     """Do the work of :func:`accumulate_squared_product_`, on detached operands that fit."""
-    if _implementation(impl, "accumulate_squared_product_", total) == "reference":
+    chosen = _implementation(impl, "accumulate_squared_product_", total)
+    if chosen == "triton":
+        from ewc_fast._triton import squared_product
+        from ewc_fast._triton.precision import float32_precision
+
+        squared_product.add_squared_product_(
+            total, grads, inputs, bias_total, float32=float32_precision()
+        )
+        _mark_written(total, bias_total)
+    elif chosen == "reference":
         samples = _samples_at_once(REFERENCE_BYTES, total)
         for g, a in zip(grads.split(samples), inputs.split(samples), strict=True):
             reference.accumulate_squared_product_(total, g, a, bias_total=bias_total)
@@ -210,7 +224,8 @@ def _samples_at_once(most_bytes: int, total: Tensor) -> int:
 
 def _implementation(impl: Impl, operation: str, total: Tensor) -> Impl:
     why_no_cuda = cuda_unavailable() if impl == "cuda" else None
-    return choose(impl, operation, total.device.type, True, why_no_cuda, _WHY_NO_TRITON)
+    why_no_triton = _WHY_NO_TRITON.get(operation) or _triton.unavailable(total.device.type)
+    return choose(impl, operation, total.device.type, True, why_no_cuda, why_no_triton)
 
 
 def _mark_written(total: Tensor, bias_total: Tensor | None) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "_plan": {"_triton", "_checks", "_dispatch", "_native"},
     "_engine": {"_plan", "_triton", "_checks", "_dispatch", "_native", "reference"},
     "_ops": {"_engine", "_checks", "reference"},
-    "products": {"_engine", "_checks", "_dispatch", "_native", "reference"},
+    "products": {"_triton", "_engine", "_checks", "_dispatch", "_native", "reference"},
     "functional": {"products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "_springs": {"functional", "_checks", "_dispatch", "_native"},
     "fisher": {"functional", "products", "_checks"},
