@@ -1,4 +1,4 @@
-"""Builds ewc_fast/_core in place with a compiler alone, where scikit-build-core or CMake is missing.
+"""Builds ewc_fast/_core in place by compilers alone, where its build system is missing.
 
     python benchmarks/build_core.py            # g++, and nvcc where it is on PATH
     python benchmarks/build_core.py --cuda OFF

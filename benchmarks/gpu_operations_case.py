@@ -8,7 +8,7 @@ same rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -104,8 +104,10 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def shapes(layout: str, elements: int) -> list[Shape]:
-    """Return one flat buffer, GPT-2's blocks (300 tensors, or few where few elements), or 300
-    tensors of 100 elements."""
+    """Return one flat buffer, the tensors of GPT-2's blocks, or tensors of 100 elements.
+
+    25 blocks have 300 tensors; few elements make one block.
+    """
     if layout == "flat":
         return [(elements,)]
     if layout == "tiny":
@@ -215,7 +217,9 @@ class Case:
                 raise MismatchError(f"value: expected {exact!r}, got {value.item()!r}")
 
 
-def _slices(old: Sequence[Tensor], new: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+def _slices(
+    old: Sequence[Tensor], new: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield the same elements of all tensors of a row, not too many at a time."""
     elements = new[0].numel()
     flat = [t.view(-1, elements).squeeze(0) for t in (*old, *new)]
