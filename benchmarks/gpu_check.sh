@@ -103,56 +103,60 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # The plugin of the option in pyproject.toml may be missing here.
 pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers)
 
-# What runs kernels on the device. Of the other tests, those that take a device are chosen by
-# "cuda" in their names; the rest never leaves the CPU, where CI has run it, and takes most of the
-# time.
+# What runs kernels, and of the other tests those that also run on a GPU where there is one (the
+# fixture "device" puts "cuda" into their names). The rest never leaves the CPU, where CI has run it.
 shopt -s nullglob
 kernels=(tests/test_cuda.py tests/test_triton_*.py)
 devices=(tests/test_functional.py tests/test_squared_product.py tests/test_operations.py
-  tests/test_architectures.py tests/test_half_precision.py)
+  tests/test_architectures.py)
+# Of the kernels' tests, under a sanitizer: tails, views, many rows, parts that are added up.
+sanitized='misaligned or stacked or hundreds or strides or splits or shared_out'
 
+quick=()
 if [ -n "$dry" ]; then
+  quick=(--quick)
   export TRITON_INTERPRET=1
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
-  skipped device "dry"
+  skipped device dry
   stage build 300 "$python" benchmarks/build_core.py --cuda OFF --out "$scratch"
   stage backends 60 "$python" -m ewc_fast
-  stage kernels 120 "${pytest[@]}" -x tests/test_cuda.py
-  stage devices 120 "${pytest[@]}" tests/test_functional.py -k 'odd_sizes and float32'
-  skipped memcheck "dry"
-  skipped racecheck "dry"
-  quick=(--quick)
+  stage kernels 120 "${pytest[@]}" "${kernels[@]}" -k "stacked or shared_out"
+  stage devices 120 "${pytest[@]}" "${devices[@]}" -k "odd_sizes and float32"
 else
-  stage device 20 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm \
-    --format=csv
+  stage device 20 nvidia-smi --format=csv \
+    --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm
   cuda=OFF
   has nvcc && cuda=ON || echo "no nvcc on PATH: only Triton is checked" | tee -a "$log"
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 2>/dev/null)
   capability=${capability//./}
   stage build 100 bash -c 'build "$@"' build "$cuda" "${capability:-90}"
   stage backends 40 bash -c 'backends "$@"' backends "$cuda"
-  stage kernels 80 "${pytest[@]}" "${kernels[@]}"
-  stage devices 60 "${pytest[@]}" "${devices[@]}" -k cuda
-  # Small sizes of every operation, by every backend. Without PyTorch's cache every tensor is an
-  # allocation of its own, so that an access one element beyond it is noticed.
-  for tool in memcheck racecheck; do
-    if has compute-sanitizer; then
-      stage "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-        --error-exitcode 86 --target-processes all "${pytest[@]}" -x "${kernels[@]}" \
-        -k 'not fisher and not large and not machine'
-    else
-      skipped "$tool" "compute-sanitizer is not on PATH"
-    fi
-  done
-  quick=()
+  several=()
+  "$python" -c 'import xdist' 2>/dev/null && several=(-n 8) # Triton compiles on the CPU
+  stage kernels 120 "${pytest[@]}" "${several[@]}" "${kernels[@]}"
+  stage devices 80 "${pytest[@]}" "${several[@]}" "${devices[@]}" -k cuda
 fi
+
 stage operations 90 "$python" benchmarks/run.py --gpu --only gpu_operations --seconds 65 \
   --out "$out" "${quick[@]}"
 stage products 90 "$python" benchmarks/run.py --gpu --only gpu_products --seconds 65 \
   --out "$out" "${quick[@]}"
 stage fisher 120 "$python" benchmarks/run.py --gpu --only gpu_fisher --seconds 60 \
   --out "$out" "${quick[@]}"
+
+# Last, for they take what time is left. Without PyTorch's cache every tensor is an allocation of its
+# own, so that an access one element beyond it is noticed.
+for tool in memcheck racecheck; do
+  if [ -n "$dry" ]; then
+    skipped "$tool" dry
+  elif has compute-sanitizer; then
+    stage "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+      --error-exitcode 86 "${pytest[@]}" "${kernels[@]}" -k "$sanitized"
+  else
+    skipped "$tool" "compute-sanitizer is not on PATH"
+  fi
+done
 
 write_summary
 printf '\n%s\n' "$(cat "$summary")"

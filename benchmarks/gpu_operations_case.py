@@ -93,7 +93,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "merge_": Operation(
         partial(functional.merge_, gamma=1.0), partial(reference.merge_, gamma=1.0),
-        ("fisher", "state", "residual", "fisher", "param"), written=3, plan=False,
+        ("fisher", "state", "residual", "state", "param"), written=3, plan=False,
     ),
     "proximal_step_": Operation(
         partial(functional.proximal_step_, ewc_lambda=EWC_LAMBDA, lr=LR),
