@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from gpu_models import Batch, GpuWorkload, workloads
 from gpu_product_case import multiplied
-from gpu_timing import NO_ROOM, OURS, Budget, Clock, device_for, measure, peak_bytes, script
+from gpu_timing import (
+    NO_ROOM,
+    OURS,
+    TRIED_OUT,
+    Budget,
+    Clock,
+    Effort,
+    device_for,
+    measure,
+    peak_bytes,
+    script,
+)
 from harness import Claim, MismatchError, Provider, Result
 from torch import Tensor, nn
 
@@ -27,6 +38,7 @@ ESTIMATORS = ("empirical", "sampled")
 BATCHES = 4
 ROOM = 1.1  # of plain's peak and the Fisher together, promised
 SECONDS = 150.0
+EFFORT = Effort(seconds=3.0, rounds=5)
 # Of a parameter's Frobenius norm, beside one sample at a time in the same precision: a batch of two
 # takes other orders of summation, and in bfloat16 rounds activations and their gradients elsewhere.
 FLOAT32, TF32, BFLOAT16 = 1e-4, 1e-2, 5e-2
@@ -119,13 +131,13 @@ def suite(quick: bool, budget: Budget) -> Iterator[Result]:
             yield Result(refused={workload.title: "not reached: time was up"})
             continue
         with multiplied("tf32"):
-            yield measured(workload, clock, *((0.0, 2) if quick else (3.0, 5)))
+            yield measured(workload, clock, TRIED_OUT if quick else EFFORT)
         gc.collect()
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def measured(workload: GpuWorkload, clock: Clock, seconds: float, rounds: int) -> Result:
+def measured(workload: GpuWorkload, clock: Clock, effort: Effort) -> Result:
     """Measure one model: time, then memory."""
     result = Result()
     try:
@@ -138,9 +150,7 @@ def measured(workload: GpuWorkload, clock: Clock, seconds: float, rounds: int) -
         name: Provider(call, case.plain if name == PLAIN else case.check)
         for name, call in calls.items()
     }
-    timings = measure(
-        providers, clock, seconds=seconds, ahead=False, least_rounds=2 if seconds == 0 else 5
-    )
+    timings = measure(providers, clock, effort, ahead=False)
     if PLAIN not in timings.seconds:
         return Result(refused={workload.title: timings.refused[PLAIN]})
     result.add(workload.title, timings, (PLAIN,))

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 
 import torch
 from gpu_operations_case import COPY, CUDA, FOREACH, OPERATIONS, TRITON, Case
-from gpu_timing import NO_ROOM, Budget, Clock, device_for, launches, measure, script
+from gpu_timing import (
+    NO_ROOM,
+    TRIED_OUT,
+    Budget,
+    Clock,
+    Effort,
+    device_for,
+    launches,
+    measure,
+    script,
+)
 from harness import Claim, Result
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -17,13 +27,15 @@ DTYPES = ((FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, BF16))  # parameters 
 SHARE = 0.9  # of the copy's bandwidth, promised from 10^8 parameters on
 HOST_MICROSECONDS = 15.0  # promised for 300 small tensors
 SECONDS = 150.0
+EFFORT = Effort(seconds=0.3, rounds=7)
+QUICK = 3000  # parameters
 LIKE_A_MODEL = 10**8  # parameters from which the promise holds
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """Return what is measured, the most telling first."""
     if quick:
-        sizes = [("flat", 3000), ("list", 3000), ("tiny", 300)]
+        sizes = [("flat", QUICK), ("list", QUICK), ("tiny", 300)]
         plan = [(layout, n, dtypes) for layout, n in sizes for dtypes in DTYPES[:2]]
     else:
         model, huge, small = LIKE_A_MODEL, 10 * LIKE_A_MODEL, LIKE_A_MODEL // 100
@@ -41,7 +53,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     return [
         Case(
             operation, layout, n, *dtypes, device,
-            compiled=layout == "flat" and dtypes == DTYPES[0] and n in (3000, LIKE_A_MODEL),
+            compiled=layout == "flat" and dtypes == DTYPES[0] and n in (QUICK, LIKE_A_MODEL),
         )
         for layout, n, dtypes in plan
         for operation in OPERATIONS
@@ -55,19 +67,19 @@ def suite(quick: bool, budget: Budget) -> Iterator[Result]:
         if budget.spent:
             yield Result(refused={str(case): "not reached: time was up"})
             continue
-        yield measured(case, clock, 0.02 if quick else 0.3)
+        yield measured(case, clock, TRIED_OUT if quick else EFFORT)
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def measured(case: Case, clock: Clock, seconds: float) -> Result:
+def measured(case: Case, clock: Clock, effort: Effort) -> Result:
     """Measure one case."""
     result = Result()
     try:
         providers = case.providers()
     except torch.OutOfMemoryError:
         return Result(refused={str(case): NO_ROOM})
-    timings = measure(providers, clock, seconds=seconds)
+    timings = measure(providers, clock, effort)
     result.add(str(case), timings, (COPY,))
     copied = case.copied_bytes / timings.median(COPY)
     for row in result.rows:

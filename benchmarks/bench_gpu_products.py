@@ -17,12 +17,13 @@ from gpu_product_case import (
     Linear,
     multiplied,
 )
-from gpu_timing import NO_ROOM, Budget, Clock, device_for, measure, script
+from gpu_timing import NO_ROOM, TRIED_OUT, Budget, Clock, Effort, device_for, measure, script
 from harness import Claim, Result
 
 SHARE = 0.6  # of the weight gradient's rate, promised for LARGE
 LARGE = Linear(4096, 4096, 2048, 8)
 SECONDS = 150.0
+EFFORT = Effort(seconds=0.3, rounds=7)
 
 LINEAR = (
     LARGE,
@@ -75,7 +76,7 @@ def suite(quick: bool, budget: Budget) -> Iterator[Result]:
             yield Result(refused={str(layer): "not reached: time was up"})
             continue
         with multiplied(layer.kind):
-            yield measured(layer, clock, 0.02 if quick else 0.3)
+            yield measured(layer, clock, TRIED_OUT if quick else EFFORT)
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -86,11 +87,11 @@ def _alternating() -> tuple[Linear | Convolution, ...]:
     return tuple(layer for pair in pairs for layer in pair)
 
 
-def measured(layer: Linear | Convolution, clock: Clock, seconds: float) -> Result:
+def measured(layer: Linear | Convolution, clock: Clock, effort: Effort) -> Result:
     """Measure one layer."""
     result, case = Result(), str(layer)
     try:
-        timings = measure(layer.providers(clock.device), clock, seconds=seconds)
+        timings = measure(layer.providers(clock.device), clock, effort)
     except torch.OutOfMemoryError:
         return Result(refused={case: NO_ROOM})
     result.add(case, timings, (GRADIENT,))

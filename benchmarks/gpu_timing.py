@@ -25,6 +25,17 @@ MOST_HEAD_START = 5e-3  # seconds; a turn that takes longer to enqueue is bound 
 Call = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long providers are timed: rounds until time is up, at least so many."""
+
+    seconds: float
+    rounds: int
+
+
+TRIED_OUT = Effort(seconds=0.0, rounds=2)
+
+
 def device_for(quick: bool) -> torch.device:
     """Return the GPU; without one a quick run goes to the CPU, with Triton in its interpreter.
 
@@ -74,6 +85,8 @@ class Clock:
 
     def host_seconds(self, call: Call, calls: int = 20, rounds: int = 15) -> float:
         """Return the time that enqueuing a call takes Python, while the GPU is idle otherwise."""
+        if self.device.type != "cuda":
+            return self.seconds(call)  # nothing is enqueued
         found = []
         for _ in range(rounds):
             self.wait()
@@ -100,10 +113,9 @@ def _sleeping_rate() -> float:
 def measure(
     providers: Mapping[str, Provider],
     clock: Clock,
+    effort: Effort,
     *,
-    seconds: float,
     ahead: bool = True,
-    least_rounds: int = 7,
 ) -> Timings:
     """Check every provider, then time those that are right in rounds until time is up.
 
@@ -120,7 +132,7 @@ def measure(
     turns = {name: _turn(providers[name].call, clock, ahead) for name in order}
     found: dict[str, list[float]] = {name: [] for name in order}
     draw, begin, rounds = random.Random(0), perf_counter(), 0
-    while order and (rounds < least_rounds or perf_counter() - begin < seconds):
+    while order and (rounds < effort.rounds or perf_counter() - begin < effort.seconds):
         draw.shuffle(order)
         for name in order:
             found[name].append(clock.seconds(providers[name].call, *turns[name]))
@@ -153,6 +165,8 @@ def refusal(provider: Provider) -> str | None:
 
 def _turn(call: Call, clock: Clock, ahead: bool) -> tuple[int, float]:
     """Return how many calls a turn has, and the head start that enqueuing them takes."""
+    if clock.device.type != "cuda":
+        return 1, 0.0
     call()
     alone = clock.seconds(call)
     calls = max(1, min(MOST_CALLS, int(TURN / max(alone, 1e-9))))

@@ -18,7 +18,18 @@ import gpu_table
 import pytest
 import torch
 from gpu_operations_case import COPY, CUDA, EAGER, OPERATIONS, TRITON, Case, shapes
-from gpu_timing import ERROR, NO_ROOM, UNAVAILABLE, WRONG, Budget, Clock, Suite, faults, measure
+from gpu_timing import (
+    ERROR,
+    NO_ROOM,
+    TRIED_OUT,
+    UNAVAILABLE,
+    WRONG,
+    Budget,
+    Clock,
+    Suite,
+    faults,
+    measure,
+)
 from harness import MismatchError, Provider, Result, environment
 
 SUITES = {
@@ -80,7 +91,7 @@ def test_a_wrong_result_is_no_provider_of_times(operation: str) -> None:
         one_off.mul_(1 + 2**-16)
 
     wrong = Provider(call, lambda: case._check(call))
-    found = measure({"mine": wrong, COPY: providers[COPY]}, Clock(CPU), seconds=0, least_rounds=2)
+    found = measure({"mine": wrong, COPY: providers[COPY]}, Clock(CPU), TRIED_OUT)
     assert list(found.seconds) == [COPY]
     assert found.refused["mine"].startswith(WRONG)
 
@@ -101,7 +112,7 @@ def test_refusals_say_what_kind_they_are_and_faults_are_ours() -> None:
         "large": raising(torch.OutOfMemoryError("no")),
     }
     providers = {name: Provider(lambda: None, check) for name, check in checks.items()}
-    found = measure(providers, Clock(CPU), seconds=0)
+    found = measure(providers, Clock(CPU), TRIED_OUT)
     kinds = [WRONG, UNAVAILABLE, ERROR, ERROR, NO_ROOM]
     assert [why.startswith(k) for why, k in zip(found.refused.values(), kinds, strict=True)] == [
         True
