@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of each position's next token."""
-        where = torch.arange(tokens.shape[1])
+        where = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens) + self.positions(where)
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
@@ -187,7 +187,7 @@ class Bert(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the classes."""
-        where = torch.arange(tokens.shape[1])
+        where = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.blocks(self.norm(self.tokens(tokens) + self.positions(where)))
         logits: Tensor = self.head(torch.tanh(self.pooler(x[:, 0])))
         return logits

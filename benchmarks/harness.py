@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ import ewc_fast
 from ewc_fast._native import core
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "EWC_FAST_COMMIT"
 
 
 class MismatchError(AssertionError):
@@ -212,7 +214,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ewc_fast": ewc_fast.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        # a copy of the tree may lack its history: whoever copied it says what it is
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, "unknown"),
         # What a run writes itself does not make the code it measured another one.
         "dirty": bool(
             _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
@@ -233,6 +236,8 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     command = ["git", "--no-optional-locks", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()

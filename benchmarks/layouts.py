@@ -52,3 +52,12 @@ def layout(name: str, elements: int) -> list[Shape]:
         "flat": [(elements,)],
     }
     return layouts[name]
+
+
+def transformer(blocks: int, width: int = 1024) -> list[Shape]:
+    """Return the shapes of GPT-2's blocks, 12 tensors each."""
+    block: list[Shape] = [
+        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
+        (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+    ]  # fmt: skip
+    return blocks * block

@@ -14,12 +14,16 @@ from typing import Any
 
 import bench_penalty as penalty
 import fisher_table
+import gpu_table
+from run import GPU_SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark table: python benchmarks/report.py -->"
 END = "<!-- end of benchmark table -->"
 FISHER_BEGIN = "<!-- table of the Fisher: python benchmarks/report.py -->"
 FISHER_END = "<!-- end of the table of the Fisher -->"
+GPU_BEGIN = "<!-- table of the GPU: python benchmarks/report.py -->"
+GPU_END = "<!-- end of the table of the GPU -->"
 
 Row = Mapping[str, Any]
 Rows = dict[tuple[str, str], Row]  # by case and provider
@@ -40,6 +44,8 @@ def main() -> int:
     peers = of_suite(options.results, "fisher_peers")
     lines = fisher_table.lines([*peers, *fishers], _origin(*fishers))
     new = with_table(new, lines, FISHER_BEGIN, FISHER_END)
+    gpu = {suite: of_suite(options.results, suite)[-1:] for suite in GPU_SUITES}
+    new = with_table(new, gpu_table.lines(gpu), GPU_BEGIN, GPU_END)
     if not options.check:
         options.readme.write_text(new)
     elif new != old:
@@ -61,7 +67,12 @@ def of_suite(folder: Path, suite: str) -> list[dict[str, Any]]:
 
 
 def _is_current(run: Mapping[str, Any]) -> bool:
-    """Whether a run's rows have the form of today's: the Fisher's did not always name models."""
+    """Whether a run's rows have the form of today's: the Fisher's did not always name models.
+
+    The GPU's must have some.
+    """
+    if run["suite"] in GPU_SUITES:
+        return bool(run["rows"])  # none, where a suite was stopped or failed
     return not run["suite"].startswith("fisher") or all("model" in row for row in run["rows"])
 
 

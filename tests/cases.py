@@ -45,6 +45,7 @@ LAYOUTS: dict[str, Make] = {
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+on_every_device = pytest.mark.usefixtures("device")
 every_layout = pytest.mark.parametrize(
     "make", [pytest.param(make, id=name) for name, make in LAYOUTS.items()]
 )

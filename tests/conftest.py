@@ -29,6 +29,27 @@ def same_start_for_every_test() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+def _made_on(device: str) -> Iterator[str]:
+    if device == "cpu":
+        yield device
+        return
+    torch.set_default_device(device)
+    yield device
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on the CPU, and on the GPU if there is one: what it makes is made there."""
+    yield from _made_on(request.param)
+
+
+@pytest.fixture
+def triton_device() -> Iterator[str]:
+    """Run a test where Triton's kernels run: on a GPU, or in the interpreter on the CPU."""
+    yield from _made_on("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture
 def one_thread() -> None:
     """Keep to one thread: models as small as these only lose where cores are busy."""
@@ -37,8 +58,11 @@ def one_thread() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what ``torch.empty`` returns with NaN: whoever forgets to write it is found out."""
-    torch.use_deterministic_algorithms(True)
+    """Fill what ``torch.empty`` returns with NaN: whoever forgets to write it is found out.
+
+    Some of PyTorch's operations on a GPU have no deterministic form, and warn.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, Architecture
 from labels import Remembering, relabelled
 from torch import Tensor
 
@@ -21,6 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
 ]
 
+# One of each kind: the rest takes the same rules.
+ON_A_GPU = (
+    "gpt2", "llama", "bert", "t5", "vit", "resnet", "convnext", "lstm", "channels_last", "bfloat16",
+)  # fmt: skip
 SIZES = (3, 2)  # two batches: what was learned on the first must hold for the second
 
 # The error allowed each parameter, in units of its largest entry. float32: sums in any order, with
@@ -63,14 +67,23 @@ def assert_right(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_parameter_of_every_architecture(name):
-    architecture = ARCHITECTURES[name]
+    assert_architecture(ARCHITECTURES[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_some_architectures_on_cuda(name, triton_device):
+    assert_architecture(ARCHITECTURES[name])
+
+
+def assert_architecture(architecture: Architecture) -> None:
     scene, likelihood = architecture.build(), architecture.likelihood
     model, data = scene.model.train(), in_batches(scene.inputs, scene.targets)
     before = copy.deepcopy(model.state_dict())
     options = {"likelihood": likelihood, "estimator": architecture.estimator}
     if architecture.estimator == "sampled":
         options["likelihood"] = remembering = Remembering(likelihood)
-        options["generator"] = torch.Generator().manual_seed(1)
+        options["generator"] = torch.Generator(torch.get_default_device()).manual_seed(1)
 
     found = fisher_diagonal(model, data, forward=scene.forward, **options)
 

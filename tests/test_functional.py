@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import copies, every_dtype, every_layout, state_like
+from cases import copies, every_dtype, every_layout, on_every_device, state_like
 from numerics import assert_within, compute_dtype, gradient_budget, smallest, u, value_budget
 
 from ewc_fast import functional, reference
@@ -28,6 +28,7 @@ def exact_penalty(params, fisher, anchor):
     return LAMBDA / 2 * sum(terms)
 
 
+@on_every_device
 @every_dtype
 @every_layout
 def test_add_penalty_grad_adds_the_gradient_and_returns_the_value(make, dtype):
@@ -44,6 +45,7 @@ def test_add_penalty_grad_adds_the_gradient_and_returns_the_value(make, dtype):
     assert abs(value.item() - exact) <= value_budget(exact, dtype)
 
 
+@on_every_device
 @every_dtype
 @every_layout
 def test_penalty_equals_its_formula_in_value_and_gradient(make, dtype):
@@ -61,6 +63,7 @@ def test_penalty_equals_its_formula_in_value_and_gradient(make, dtype):
         assert_within(grad, 3 * pull, budget, "grad")
 
 
+@on_every_device
 @every_dtype
 @every_layout
 @pytest.mark.parametrize("samples", [None, 0, 1, 5], ids=lambda s: f"samples_{s}")
@@ -82,6 +85,7 @@ def test_accumulate_square_adds_weighted_squares_of_every_sample(make, dtype, sa
         assert_within(f, total, budget, "fisher")
 
 
+@on_every_device
 @every_dtype
 @every_layout
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -114,6 +118,7 @@ def test_merge_adds_two_quadratics_into_one(make, dtype, gamma):
     assert constant.item() == pytest.approx(exact_constant, rel=1e-12, abs=0)
 
 
+@on_every_device
 @every_dtype
 @every_layout
 def test_merge_online_decays_adds_and_moves_the_anchor(make, dtype):
@@ -127,6 +132,7 @@ def test_merge_online_decays_adds_and_moves_the_anchor(make, dtype):
         assert torch.equal(a, p.to(a.dtype))
 
 
+@on_every_device
 @every_dtype
 @every_layout
 @pytest.mark.parametrize("strength", [0.0, 1e-3, 1.0, 1e6, 1e30])
@@ -192,6 +198,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(dtype, threads):
         assert torch.equal(one, other)
 
 
+@on_every_device
 def test_a_flat_buffer_and_a_list_give_the_same_gradient():
     params = [torch.randn(n) for n in (5, 1000, 77)]
     fisher, anchor = state_like(params, True), state_like(params)
@@ -203,6 +210,7 @@ def test_a_flat_buffer_and_a_list_give_the_same_gradient():
     assert torch.equal(flat_grad, torch.cat(grads))
 
 
+@on_every_device
 def test_the_penalty_is_zero_at_the_anchor_and_linear_in_lambda():
     params = [torch.randn(1000)]
     fisher, anchor = state_like(params, True), state_like(params)
@@ -212,6 +220,7 @@ def test_the_penalty_is_zero_at_the_anchor_and_linear_in_lambda():
     assert eight == 8 * one  # a power of two rounds nothing
 
 
+@on_every_device
 def test_mixed_dtypes_in_one_list_are_each_computed_in_their_own():
     params = [torch.randn(50).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
     fisher, anchor = state_like(params, True), state_like(params)
@@ -221,6 +230,7 @@ def test_mixed_dtypes_in_one_list_are_each_computed_in_their_own():
         assert_within(grad, pull, gradient_budget(pull * 0, pull, grad.dtype), str(grad.dtype))
 
 
+@on_every_device
 def test_parameters_that_require_grad_can_be_stepped_and_autograd_notices():
     param = torch.randn(5, requires_grad=True)
     loss = (param * param).sum()

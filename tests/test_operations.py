@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import on_every_device
 from layers import LAYERS, PACKED
 from models import FEATURES, POSITIONS, each_model, sequences
 from operations import (
@@ -100,6 +101,7 @@ def ways(monkeypatch):
     return taken
 
 
+@on_every_device
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_fisher_is_the_definition_and_every_parameter_is_recorded(name, ways):
     operation = OPERATIONS[name]
