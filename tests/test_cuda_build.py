@@ -51,7 +51,8 @@ def architecture(request):
 def compiled(request, architecture, tmp_path_factory):
     source = request.param
     cubin = tmp_path_factory.mktemp("cubin") / f"{source}_{architecture}.cubin"
-    options = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xptxas", "-v", "-cubin"]
+    options = ["-O3", "-std=c++17", "-Werror=all-warnings", "--fmad=false"]
+    options += ["-Xptxas", "-v", "-cubin"]
     files = [f"-arch=sm_{architecture}", "-o", str(cubin), str(FOLDER / f"{source}.cu")]
     result = subprocess.run(["nvcc", *options, *files], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
