@@ -9,9 +9,10 @@ The operations here form it without keeping per-sample gradients, at about the c
 weight gradient. Arithmetic is in the total's dtype, float32, or float64 beside float64 operands.
 Results repeat bit for bit for any number of threads. A call that raises has written nothing.
 
-``impl`` is ``"cpu"`` (the native kernel), ``"reference"`` (PyTorch), or ``"auto"``, which on the
-CPU chooses between the kernel and PyTorch's own products by
-:func:`ewc_fast._dispatch.product_way`, and elsewhere takes the reference.
+``impl`` is ``"cpu"`` (the native kernel), ``"triton"`` (tensor cores), ``"reference"`` (PyTorch) or
+``"auto"``, which on the CPU chooses between the kernel and PyTorch's own products by
+:func:`ewc_fast._dispatch.product_way`, on CUDA takes Triton where it is installed, and elsewhere
+the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewc_fast import _checks, _engine, reference
+from ewc_fast import _checks, _engine, _triton, reference
 from ewc_fast._dispatch import Impl, choose, product_way
 from ewc_fast._native import core, cuda_unavailable, reader
 
@@ -126,7 +127,8 @@ def accumulate_squared_convolution_(
     )
     total, grads, inputs = total.detach(), grads.detach(), inputs.detach()
     bias_total = None if bias_total is None else bias_total.detach()
-    if _implementation(impl, "accumulate_squared_convolution_", total) == "reference":
+    chosen = _implementation(impl, "accumulate_squared_convolution_", total)
+    if chosen == "reference":
         samples = _samples_at_once(REFERENCE_BYTES, total)
         for g, a in zip(grads.split(samples), inputs.split(samples), strict=True):
             reference.accumulate_squared_convolution_(
@@ -140,27 +142,44 @@ def accumulate_squared_convolution_(
                 bias_total=bias_total,
             )
         return
-    depthwise = groups > 1 and grads.shape[1] == inputs.shape[1] == groups
     # In three dimensions; those that are missing have size 1, stride 1, no padding.
     missing = 5 - inputs.dim()
-    deep = [t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]) for t in (total, grads, inputs)]
-    strides, paddings, dilations = (
-        (neutral,) * missing + given for neutral, given in zip((1, 0, 1), geometry, strict=True)
+    total, grads, inputs = (
+        t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]) for t in (total, grads, inputs)
     )
+    stride, padding, dilation = geometry
+    places = ((1,) * missing + stride, (0,) * missing + padding, (1,) * missing + dilation)
+    if chosen == "triton":
+        from ewc_fast._triton.convolution import add_squared_convolution_
+
+        add_squared_convolution_(total, grads, inputs, bias_total, places, groups)
+    else:
+        _by_kernel(total, grads, inputs, bias_total, places, groups)
+    _mark_written(total, bias_total)
+
+
+def _by_kernel(
+    total: Tensor,
+    grads: Tensor,
+    inputs: Tensor,
+    bias_total: Tensor | None,
+    places: tuple[tuple[int, ...], ...],
+    groups: int,
+) -> None:
+    depthwise = groups > 1 and grads.shape[1] == inputs.shape[1] == groups
     for rows, columns in _parts(groups, grads.shape[1], inputs.shape[1]):
         core.squared_convolution(
             reader,
-            deep[0][rows],
-            deep[1][:, rows],
-            deep[2][:, columns],
+            total[rows],
+            grads[:, rows],
+            inputs[:, columns],
             None if bias_total is None else bias_total[rows],
-            strides,
-            paddings,
-            dilations,
+            places[0],
+            places[1],
+            places[2],
             depthwise,
             torch.get_num_threads(),
         )
-    _mark_written(total, bias_total)
 
 
 def _way(total: Tensor, grads: Tensor) -> str:
@@ -208,7 +227,8 @@ def _samples_at_once(most_bytes: int, total: Tensor) -> int:
 
 def _implementation(impl: Impl, operation: str, total: Tensor) -> Impl:
     why_no_cuda = cuda_unavailable() if impl == "cuda" else None
-    return choose(impl, operation, total.device.type, True, why_no_cuda)
+    why_no_triton = None if impl == "cpu" else _triton.unavailable(total.device.type)
+    return choose(impl, operation, total.device.type, True, why_no_cuda, why_no_triton)
 
 
 def _mark_written(total: Tensor, bias_total: Tensor | None) -> None:

@@ -19,9 +19,9 @@ Three = tuple[int, int, int]
 class Geometry(NamedTuple):
     """Of a convolution, in three dimensions."""
 
-    stride: Three
-    padding: Three
-    dilation: Three
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
 
 def blocks_of(size: Sequence[int], positions: int) -> Three:

@@ -45,16 +45,14 @@ def share_out(samples: int, steps: int, tiles: int, programs: int) -> Shares:
 
 
 def programs_for(device: torch.device) -> int:
-    """Return how many programs keep a device busy; one in the interpreter, which runs them in turn."""
+    """Return how many programs keep a device busy; the interpreter runs one after the other."""
     if device.type != "cuda":
         return 1
     properties = torch.cuda.get_device_properties(device)
     return PROGRAMS_A_MULTIPROCESSOR * properties.multi_processor_count
 
 
-def rooms_for(
-    shares: Shares, totals: Sequence[Tensor | None]
-) -> tuple[bool, list[Tensor | None]]:
+def rooms_for(shares: Shares, totals: Sequence[Tensor | None]) -> tuple[bool, list[Tensor | None]]:
     """Return where programs write, contiguous, and whether that is the totals themselves.
 
     It is where there is but one share; otherwise there is room for each share.

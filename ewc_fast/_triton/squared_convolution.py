@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ewc_fast._triton import interpreted
 from ewc_fast._triton.blocks import Geometry, blocks_of, needs_wide_offsets, next_block
-from ewc_fast._triton.precision import input_precision
+from ewc_fast._triton.precision import product_precision
 from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
 
 
@@ -94,6 +94,7 @@ def squared_convolution_kernel(
     KERNEL: tl.constexpr = KERNEL_Z * KERNEL_Y * KERNEL_X
     POSITIONS: tl.constexpr = BLOCK_Z * BLOCK_Y * BLOCK_X
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    SUM: tl.constexpr = out.dtype.element_ty
 
     # Row tiles first: programs that run together gather the same inputs.
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
@@ -141,11 +142,11 @@ def squared_convolution_kernel(
     at_y = at // BLOCK_X % BLOCK_Y
     at_z = at // (BLOCK_X * BLOCK_Y)
 
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
     takes_bias = column_tile == 0
-    bias_sums = tl.zeros([BLOCK_ROWS], tl.float32)
-    bias_squares = tl.zeros([BLOCK_ROWS], tl.float32)
+    bias_sums = tl.zeros([BLOCK_ROWS], SUM)
+    bias_squares = tl.zeros([BLOCK_ROWS], SUM)
     for _ in range(steps):
         z = tile_z * BLOCK_Z + at_z
         y = tile_y * BLOCK_Y + at_y
@@ -170,10 +171,10 @@ def squared_convolution_kernel(
         )
         if UPCAST:
             g, a = g.to(tl.float32), a.to(tl.float32)
-        sums = tl.dot(tl.trans(g), a, sums, input_precision=PRECISION)
-        if WITH_BIAS:
+        sums = tl.dot(tl.trans(g), a, sums, input_precision=PRECISION, out_dtype=SUM)
+        if WITH_BIAS:  # noqa: SIM102 (a constant, and no constant)
             if takes_bias:
-                bias_sums += tl.sum(g.to(tl.float32), 0)
+                bias_sums += tl.sum(g.to(SUM), 0)
 
         tile_z, tile_y, tile_x = next_block(tile_z, tile_y, tile_x, tiles_y, tiles_x)
         if SQUARES:
@@ -182,10 +183,10 @@ def squared_convolution_kernel(
             sample += ends_sample.to(tl.int64)
             if ends_sample:
                 squares += sums * sums
-                sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+                sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], SUM)
                 if WITH_BIAS:
                     bias_squares += bias_sums * bias_sums
-                    bias_sums = tl.zeros([BLOCK_ROWS], tl.float32)
+                    bias_sums = tl.zeros([BLOCK_ROWS], SUM)
     if not SQUARES:
         squares, bias_squares = sums, bias_sums
 
@@ -243,7 +244,7 @@ def accumulate_squared_convolution_(
     tile: Tile | None = None,
     programs: int | None = None,
 ) -> None:
-    """Add to ``total`` (O, I / groups, z, y, x), contiguous; float32 beside operands of any strides.
+    """Add to ``total`` (O, I / groups, z, y, x), contiguous, of operands of any strides.
 
     ``tile`` and ``programs`` are for tests: other numbers give the same up to rounding.
     """
@@ -294,7 +295,7 @@ def accumulate_squared_convolution_(
         SQUARES=shares.are_squares,
         ADD=direct,
         WITH_BIAS=bias_total is not None,
-        PRECISION=input_precision(dtype, "convolution"),
+        PRECISION=product_precision(dtype),
         UPCAST=interpreted() and dtype == torch.bfloat16,
         WIDE=needs_wide_offsets(grads, inputs),
         num_warps=tile.warps,

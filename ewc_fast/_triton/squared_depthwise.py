@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_DENSE = torch.contiguous_format
+
 STRETCH = 256
 """Entries that one program adds up: some 32 waits for memory, eight entries at a time."""
 
@@ -50,7 +52,7 @@ def squared_rows_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Add up and square the runs of the stretch that begins at this program's entry, if one does."""
+    """Add up and square the runs of the stretch that begins at this program's entry, if any."""
     SUM: tl.constexpr = total.dtype.element_ty
     start = tl.cast(tl.program_id(0), tl.int64)
     key = tl.load(keys + start)
@@ -148,7 +150,7 @@ def stitch_rows_kernel(
 def accumulate_squared_rows_(
     total: Tensor, indices: Tensor, values: Tensor, skipped_row: int, stretch: int = STRETCH
 ) -> None:
-    """Add to ``total`` (V, D), contiguous, of indices (N, T) and values (N, T, D) of any strides.
+    """Add to ``total`` (V, *row), given indices (N, T) and values (N, T, D); any strides.
 
     Entries of ``skipped_row`` are passed over. ``stretch`` is for tests.
     """
@@ -157,6 +159,7 @@ def accumulate_squared_rows_(
     if entries == 0 or total.numel() == 0:
         return
     sample = torch.arange(samples, device=indices.device).unsqueeze(1)
+    table = total if total.is_contiguous() else torch.zeros_like(total, memory_format=_DENSE)
     keys = (indices * samples + sample).flatten()
     if rows * samples < 2**31:  # half the work for the sort
         keys = keys.int()
@@ -169,7 +172,7 @@ def accumulate_squared_rows_(
         keys,
         order,
         values,
-        total,
+        table,
         cut,
         cut_kinds,
         entries,
@@ -186,7 +189,7 @@ def accumulate_squared_rows_(
     if stretches > 1:
         stitch_rows_kernel[stretches - 1, blocks](
             keys,
-            total,
+            table,
             cut,
             cut_kinds,
             samples,
@@ -194,3 +197,5 @@ def accumulate_squared_rows_(
             STRETCH=stretch,
             BLOCK_COLUMNS=block,
         )
+    if table is not total:
+        total.add_(table)

@@ -16,7 +16,6 @@ up at each sample's end.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
