@@ -93,6 +93,17 @@ class GradientReader {
   Property grad_, requires_grad_;
 };
 
+// The addresses of every row's operands.
+std::vector<std::vector<std::uintptr_t>> addresses_of(const Plan& plan) {
+  std::vector<std::vector<std::uintptr_t>> addresses;
+  for (const auto& row : plan.table().rows) {
+    auto& operands = addresses.emplace_back();
+    for (std::size_t operand = 0; operand < plan.operands(); ++operand)
+      operands.push_back(reinterpret_cast<std::uintptr_t>(row.data[operand]));
+  }
+  return addresses;
+}
+
 // Binds a CPU operation: it runs over the plan's table without the interpreter lock.
 template <class Operation>
 auto on_cpu(Operation operation) {
@@ -132,6 +143,8 @@ PYBIND11_MODULE(_core, m) {
              return Plan(reader, specs_of(specs));
            }),
            py::arg("reader"), py::arg("specs"), py::keep_alive<1, 2>())
+      .def_property_readonly("moves", &Plan::moves)
+      .def("addresses", &addresses_of)
       .def("refresh", &Plan::refresh)
       .def("accepts", &Plan::accepts)
       .def("adopt", &Plan::adopt);

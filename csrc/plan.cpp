@@ -83,6 +83,7 @@ bool Plan::refresh(const py::args& lists) {
     }
   }
   if (moved) {
+    ++moves_;
     adopted_ = false;
     check_written_apart();
     adopted_ = true;

@@ -34,6 +34,9 @@ class Plan {
   void adopt(const pybind11::args& lists);
 
   const Table& table() const { return table_; }
+  // How often `refresh` has found new addresses: whoever keeps a copy sees when it is stale.
+  std::int64_t moves() const { return moves_; }
+  std::size_t operands() const { return specs_.size(); }
 
  private:
   const TensorView& view(std::size_t operand, std::size_t row) const {
@@ -48,6 +51,7 @@ class Plan {
   std::vector<TensorView> views_;  // operand-major
   std::size_t rows_ = 0;
   bool adopted_ = false;
+  std::int64_t moves_ = 0;
   Table table_;
 };
 

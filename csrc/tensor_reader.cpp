@@ -47,10 +47,12 @@ bool TensorReader::read_exchange(PyObject* tensor, TensorView& view) const {
   }
   const std::optional<DType> dtype = dtype_of(found.dtype);
   const auto device = found.device.type;
-  if (!dtype || (device != dlpack::kCPU && device != dlpack::kCUDA && device != dlpack::kCUDAHost))
-    return false;
+  const bool on_host = device == dlpack::kCPU || device == dlpack::kCUDAHost;
+  const bool on_gpu =
+      device == dlpack::kCUDA || device == dlpack::kROCM || device == dlpack::kOneAPI;
+  if (!dtype || !(on_host || on_gpu)) return false;
   view.data = static_cast<char*>(found.data) + found.byte_offset;
-  view.device = device == dlpack::kCUDA ? found.device.index : -1;
+  view.device = on_gpu ? found.device.index : -1;
   view.dtype = *dtype;
   view.dims.resize(2 * static_cast<std::size_t>(found.ndim));
   for (int i = 0; i < found.ndim; ++i) {
@@ -65,9 +67,10 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
     const std::optional<DType> dtype = dtype_of(std::string(py::str(tensor.attr("dtype"))));
     const py::object device = tensor.attr("device");
     const std::string device_type = py::cast<std::string>(device.attr("type"));
-    if (!dtype || (device_type != "cpu" && device_type != "cuda")) return false;
+    if (!dtype || (device_type != "cpu" && device_type != "cuda" && device_type != "xpu"))
+      return false;
     view.dtype = *dtype;
-    view.device = device_type == "cuda" ? py::cast<int>(device.attr("index")) : -1;
+    view.device = device_type == "cpu" ? -1 : py::cast<int>(device.attr("index"));
     view.data = reinterpret_cast<void*>(py::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
     view.dims.clear();
     for (const py::handle size : py::tuple(tensor.attr("shape")))

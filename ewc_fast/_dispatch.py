@@ -1,23 +1,28 @@
 """Which implementation runs: a pure function of what was asked for and what is there.
 
-==============  ==================================  =========================================
-``impl``        operands                            runs
-==============  ==================================  =========================================
-``"auto"``      dense, on the CPU                   ``"cpu"``: C++, vector code, threads
-``"auto"``      on CUDA, for an operation that      ``"triton"`` if available
-                has a Triton kernel
-``"auto"``      strided with gaps, or elsewhere     ``"reference"``: PyTorch
-``"cpu"``       dense, on the CPU                   ``"cpu"``, else an error
-``"cuda"``      dense, on a CUDA device             ``"cuda"`` if built with a kernel for the
-                                                    operation, else an error
-``"triton"``    on CUDA, or on the CPU in           ``"triton"`` if available with a kernel for
-                Triton's interpreter                the operation, else an error
-``"reference"`` any                                 ``"reference"``
-==============  ==================================  =========================================
+==============  ================================  ================================================
+``impl``        operands                          runs
+==============  ================================  ================================================
+``"auto"``      dense, on the CPU                 ``"cpu"``: C++, vector code, threads
+``"auto"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
+                                                  operation, else ``"triton"`` if available, else
+                                                  ``"reference"``
+``"auto"``      strided with gaps, or elsewhere   ``"reference"``: PyTorch
+``"cpu"``       dense, on the CPU                 ``"cpu"``, else an error
+``"cuda"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
+                                                  operation, else an error
+``"triton"``    dense, on a CUDA or XPU device;   ``"triton"`` if available, else an error
+                on the CPU in its interpreter
+``"reference"`` any                               ``"reference"``
+==============  ================================  ================================================
 
 *Dense* means: all operands of a row have the same strides and fill their storage, in any order of
 dimensions (so ``channels_last`` is dense). The choice is made for each tensor of a list by itself.
-A backend asked for by name runs or raises; it never falls back.
+A backend asked for by name runs or raises; it never falls back. The products of a layer's inputs
+and gradients have no CUDA C++ kernels, so that ``"auto"`` takes Triton for them.
+
+ROCm's devices are PyTorch's ``cuda`` devices too, so ``"auto"`` takes Triton there. Nobody has
+tested it, nor XPU.
 """
 
 from __future__ import annotations
@@ -29,13 +34,7 @@ import torch
 Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "cpu", "cuda", "triton", "reference")
 CUDA_OPERATIONS = frozenset({"add_penalty_grad_"})
-TRITON_OPERATIONS = frozenset(
-    {
-        "accumulate_squared_convolution_",
-        "accumulate_squared_rows_",
-        "accumulate_squared_sums_",
-    }
-)
+TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
 
 def choose(
@@ -44,30 +43,18 @@ def choose(
     device_type: str,
     dense: bool,
     cuda_unavailable: str | None,
-    triton_unavailable: str | None = "it was not looked for",
+    triton_unavailable: str | None,
 ) -> Impl:
     """Return the implementation for one row of operands, or raise for one that can't run.
 
     The last two say why a backend can't run on such a device; ``None`` where it can.
     """
-    has_triton = triton_unavailable is None and operation in TRITON_OPERATIONS
     if requested == "auto":
-        if has_triton and device_type == "cuda":
-            return "triton"
-        return "cpu" if device_type == "cpu" and dense else "reference"
+        has_cuda = cuda_unavailable is None and operation in CUDA_OPERATIONS
+        return _automatic(device_type, dense, has_cuda, triton_unavailable is None)
     if requested == "reference":
         return "reference"
-    if requested == "triton":
-        if triton_unavailable is not None:
-            raise RuntimeError(f"impl='triton' can't run: {triton_unavailable}")
-        if not has_triton:
-            raise RuntimeError(f"impl='triton' has no kernel for {operation}; use impl='auto'")
-        return "triton"
-    if device_type != requested:
-        raise ValueError(
-            f"impl={requested!r} works on {requested} tensors, got tensors on {device_type}; "
-            "move them, or use impl='auto'"
-        )
+    _check_device(requested, device_type, triton_unavailable)
     if not dense:
         raise ValueError(
             f"impl={requested!r} needs operands with equal strides that leave no gaps; "
@@ -78,7 +65,30 @@ def choose(
             raise RuntimeError(f"impl='cuda' can't run: {cuda_unavailable}")
         if operation not in CUDA_OPERATIONS:
             raise RuntimeError(f"impl='cuda' has no kernel for {operation}; use impl='auto'")
+    if requested == "triton" and triton_unavailable is not None:
+        raise RuntimeError(f"impl='triton' can't run: {triton_unavailable}")
     return requested
+
+
+def _automatic(device_type: str, dense: bool, has_cuda: bool, has_triton: bool) -> Impl:
+    if dense and device_type == "cpu":
+        return "cpu"
+    if dense and device_type == "cuda":
+        return "cuda" if has_cuda else "triton" if has_triton else "reference"
+    return "reference"
+
+
+def _check_device(requested: Impl, device_type: str, triton_unavailable: str | None) -> None:
+    if requested == "triton":
+        interpreted = device_type == "cpu" and triton_unavailable is None
+        fits, wanted = device_type in TRITON_DEVICES or interpreted, "GPU"
+    else:
+        fits, wanted = device_type == requested, requested
+    if not fits:
+        raise ValueError(
+            f"impl={requested!r} works on {wanted} tensors, got tensors on {device_type}; "
+            "move them, or use impl='auto'"
+        )
 
 
 def product_way(

@@ -58,6 +58,9 @@ def run(
         elif group.impl == "cuda":
             value = _run_cuda(operation, group, coefficient)
             _mark_written(operation, group.lists)
+        elif group.impl == "triton":
+            value = _run_triton(operation, group, coefficient)
+            _mark_written(operation, group.lists)
         else:
             value = in_pytorch(*group.lists)
         if value is not None:
@@ -78,6 +81,13 @@ def _run_cuda(operation: Operation, group: Group, coefficient: float) -> Tensor:
         group.core_plan, coefficient, value.data_ptr(), workspace.data_ptr(), stream
     )
     return value
+
+
+def _run_triton(operation: Operation, group: Group, coefficient: float) -> Tensor | None:
+    from ewc_fast._triton import launch  # loads Triton
+
+    assert group.table is not None
+    return launch.run(operation.name, group.table, coefficient)
 
 
 def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
@@ -112,7 +122,11 @@ def penalty(
 
 
 def penalty_grad(
-    params: TensorList, fisher: TensorList, anchor: TensorList, ewc_lambda: float
+    params: TensorList,
+    fisher: TensorList,
+    anchor: TensorList,
+    ewc_lambda: float,
+    impl: Impl = "auto",
 ) -> list[Tensor]:
     """Return the penalty's gradient in the parameters' dtype."""
     out = [torch.empty_like(p) for p in params]
@@ -127,6 +141,7 @@ def penalty_grad(
         ewc_lambda,
         native=core.penalty_grad,
         in_pytorch=torch.no_grad()(in_pytorch),
+        impl=impl,
     )
     return out
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ewc_fast import _checks
+from ewc_fast import _checks, _triton
 from ewc_fast._checks import Operand, Operation, TensorList
 from ewc_fast._dispatch import Impl, choose
 from ewc_fast._native import core, cuda_unavailable, reader
+
+if TYPE_CHECKING:
+    from ewc_fast._triton.table import Table
 
 _PARAMS = Operand("params", "param")
 _FISHER = Operand("fisher", "state")
@@ -66,6 +70,7 @@ class Group(NamedTuple):
     impl: Impl
     lists: Sequence[TensorList]
     core_plan: Any = None  # core.Plan, unless PyTorch runs the rows
+    table: Table | None = None  # what Triton's kernels read
 
 
 class Plan:
@@ -81,25 +86,41 @@ class Plan:
         self._pinned = frozenset(pinned)
         self._operation: Operation | None = None
         self._impl: Impl = "auto"
-        self._core_plan: core.Plan | None = None
+        self._kept: Group | None = None
+        self._moves = 0  # of the kept group's addresses, at the last look
+        self._read_by_graphs: list[Tensor] = []
 
     def groups(
         self, operation: Operation, lists: Sequence[TensorList], requested: Impl
     ) -> list[Group]:
         """Return the validated rows, grouped by implementation and device."""
+        kept = self._kept
         if (
-            self._operation is operation
-            and self._core_plan is not None
+            kept is not None
+            and self._operation is operation
             and self._impl == requested
-            and self._core_plan.refresh(*lists)
+            and kept.core_plan.refresh(*lists)
         ):
-            return [Group("cpu", lists, self._core_plan)]
-        self._operation = None
+            self._update_table(kept)
+            return [kept._replace(lists=lists)]
+        self._forget()
         groups = _validated_groups(operation, lists, requested, self._pinned)
-        if len(groups) == 1 and groups[0].impl == "cpu":
+        if len(groups) == 1 and groups[0].core_plan is not None:
             self._operation, self._impl = operation, requested
-            self._core_plan = groups[0].core_plan
+            self._kept = groups[0]._replace(lists=())  # nobody's tensors are kept alive
+            self._moves = groups[0].core_plan.moves
         return groups
+
+    def _update_table(self, kept: Group) -> None:
+        moves = kept.core_plan.moves
+        if kept.table is not None and moves != self._moves:
+            kept.table.take(kept.core_plan.addresses())
+            self._moves = moves
+
+    def _forget(self) -> None:
+        if self._kept is not None and self._kept.table is not None:
+            self._read_by_graphs += self._kept.table.read_by_graphs
+        self._kept = None
 
 
 def _validated_groups(
@@ -111,11 +132,12 @@ def _validated_groups(
         if core_plan.accepts(*lists):  # by far the most calls: dense, on the CPU, all in order
             return [Group("cpu", lists, core_plan)]
     _checks.operands(operation, lists)
-    why_no_cuda = cuda_unavailable() if requested == "cuda" else None
     rows: dict[tuple[Impl, torch.device], list[int]] = {}
+    reasons = {tensor.device.type: _reasons(tensor.device.type) for tensor in lists[0]}
     for index, tensor in enumerate(lists[0]):
+        device_type = tensor.device.type
         dense = _checks.dense(operation, lists, index)
-        chosen = choose(requested, operation.name, tensor.device.type, dense, why_no_cuda)
+        chosen = choose(requested, operation.name, device_type, dense, *reasons[device_type])
         rows.setdefault((chosen, tensor.device), []).append(index)
     groups = []
     for (chosen, _), indices in rows.items():
@@ -125,8 +147,21 @@ def _validated_groups(
         else:
             native = _core_plan(operation, pinned)
             native.adopt(*picked)
-            groups.append(Group(chosen, picked, native))
+            table = _table(operation, picked, indices) if chosen == "triton" else None
+            groups.append(Group(chosen, picked, native, table))
     return groups
+
+
+def _reasons(device_type: str) -> tuple[str | None, str | None]:
+    """Why CUDA and why Triton can't run on such a device, or None where they can."""
+    why_no_cuda = cuda_unavailable() if device_type == "cuda" else "it is not a CUDA device"
+    return why_no_cuda, _triton.unavailable(device_type)
+
+
+def _table(operation: Operation, lists: Sequence[TensorList], ordinals: Sequence[int]) -> Table:
+    from ewc_fast._triton.table import Table
+
+    return Table(operation, lists, ordinals)
 
 
 def _core_plan(operation: Operation, pinned: Collection[str]) -> core.Plan:

@@ -131,8 +131,23 @@ def _backends() -> Iterator[tuple[str, str]]:
         yield "backend cuda", f"available, on {torch.cuda.get_device_name()}"
     else:
         yield "backend cuda", f"not available: {why_not}"
-    yield "backend triton", "not available: ewc_fast has no Triton kernels yet"
+    yield "backend triton", _triton_backend()
     yield "backend reference", "available"
+
+
+def _triton_backend() -> str:
+    import torch
+
+    from ewc_fast._triton import interpreted, unavailable
+
+    why_not = unavailable("cpu" if interpreted() else "cuda")
+    if why_not is not None:
+        return f"not available: {why_not}"
+    if interpreted():
+        return "in its interpreter, on CPU tensors: TRITON_INTERPRET=1 is set"
+    if not torch.cuda.is_available():
+        return f"not available: PyTorch {torch.__version__} finds no GPU"
+    return f"available, on {torch.cuda.get_device_name()}"
 
 
 def _native_core() -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ Sums repeat bit for bit for any number of threads. Nothing is written before all
 been checked.
 
 ``impl`` chooses the implementation as :mod:`ewc_fast._dispatch` tabulates: ``"auto"``, ``"cpu"``,
-``"cuda"`` or ``"reference"``. A :class:`Plan` given to every call of a loop keeps validation and
+``"cuda"``, ``"triton"`` or ``"reference"``. A :class:`Plan` given to every call of a loop keeps validation and
 addresses between calls. The operations work inside ``torch.compile(fullgraph=True)``.
 
 Errors, with the argument and index, what was expected and what came:

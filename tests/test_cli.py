@@ -65,6 +65,15 @@ def test_info_says_whether_cuda_can_run_or_why_not(why_not, monkeypatch, capsys)
     assert info_lines(capsys)["backend cuda"].strip() == expected
 
 
+@pytest.mark.parametrize("interpreted", ["1", "0"])
+def test_info_says_whether_triton_can_run_or_why_not(interpreted, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = "in its interpreter" if interpreted == "1" else "not available: PyTorch"
+    assert info_lines(capsys)["backend triton"].strip().startswith(expected)
+
+
 def test_the_module_runs_as_a_command(tmp_path):
     printed = in_new_process("-m", "ewc_fast", cwd=tmp_path).stdout
     assert printed.splitlines()[0].split() == ["ewc_fast", ewc_fast.__version__]

@@ -5,37 +5,87 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ewc_fast import functional
+from ewc_fast import _triton, functional
 from ewc_fast._dispatch import choose
 from ewc_fast._native import core, cuda_unavailable
 
 
+LIST, PRODUCT = "add_penalty_grad_", "accumulate_squared_product_"
+
+
 @pytest.mark.parametrize(
-    ("requested", "device", "dense", "chosen"),
+    ("requested", "operation", "device", "dense", "there", "chosen"),
     [
-        ("auto", "cpu", True, "cpu"),
-        ("auto", "cpu", False, "reference"),
-        ("auto", "cuda", True, "reference"),
-        ("auto", "mps", True, "reference"),
-        ("cpu", "cpu", True, "cpu"),
-        ("cuda", "cuda", True, "cuda"),
-        ("reference", "cpu", True, "reference"),
-        ("reference", "cuda", False, "reference"),
+        ("auto", LIST, "cpu", True, "cuda triton", "cpu"),
+        ("auto", LIST, "cpu", False, "cuda triton", "reference"),
+        ("auto", LIST, "cuda", True, "cuda triton", "cuda"),
+        ("auto", LIST, "cuda", True, "cuda", "cuda"),
+        ("auto", LIST, "cuda", True, "triton", "triton"),
+        ("auto", LIST, "cuda", True, "", "reference"),
+        ("auto", LIST, "cuda", False, "cuda triton", "reference"),
+        ("auto", LIST, "xpu", True, "triton", "reference"),
+        ("auto", LIST, "mps", True, "", "reference"),
+        ("auto", PRODUCT, "cpu", True, "cuda triton", "cpu"),
+        ("auto", PRODUCT, "cuda", True, "cuda triton", "triton"),
+        ("auto", PRODUCT, "cuda", True, "cuda", "reference"),
+        ("auto", PRODUCT, "cuda", False, "cuda triton", "reference"),
+        ("cpu", LIST, "cpu", True, "", "cpu"),
+        ("cuda", LIST, "cuda", True, "cuda triton", "cuda"),
+        ("triton", LIST, "cuda", True, "cuda triton", "triton"),
+        ("triton", LIST, "cuda", True, "triton", "triton"),
+        ("triton", LIST, "xpu", True, "triton", "triton"),
+        ("triton", LIST, "cpu", True, "triton", "triton"),
+        ("triton", PRODUCT, "cuda", True, "triton", "triton"),
+        ("reference", LIST, "cpu", True, "cuda triton", "reference"),
+        ("reference", PRODUCT, "cuda", False, "cuda triton", "reference"),
     ],
 )
-def test_the_table(requested, device, dense, chosen):
-    assert choose(requested, "add_penalty_grad_", device, dense, None) == chosen
+def test_the_table(requested, operation, device, dense, there, chosen):
+    reasons = [None if name in there else "it is not there" for name in ("cuda", "triton")]
+    assert choose(requested, operation, device, dense, *reasons) == chosen
 
 
-def test_a_named_backend_that_cannot_run_says_why():
-    with pytest.raises(ValueError, match="impl='cpu' works on cpu tensors, got tensors on cuda"):
-        choose("cpu", "merge_", "cuda", True, None)
-    with pytest.raises(ValueError, match="impl='cpu' needs operands with equal strides"):
-        choose("cpu", "merge_", "cpu", False, None)
-    with pytest.raises(RuntimeError, match="impl='cuda' can't run: no driver"):
-        choose("cuda", "add_penalty_grad_", "cuda", True, "no driver")
-    with pytest.raises(RuntimeError, match="no kernel for merge_"):
-        choose("cuda", "merge_", "cuda", True, None)
+@pytest.mark.parametrize(
+    ("requested", "operation", "device", "dense", "error", "message"),
+    [
+        ("cpu", LIST, "cuda", True, ValueError, "'cpu' works on cpu tensors, got tensors on cuda"),
+        ("cpu", LIST, "cpu", False, ValueError, "'cpu' needs operands with equal strides"),
+        ("cuda", LIST, "cpu", True, ValueError, "'cuda' works on cuda tensors, got tensors on cpu"),
+        ("cuda", LIST, "cuda", False, ValueError, "'cuda' needs operands with equal strides"),
+        ("cuda", LIST, "cuda", True, RuntimeError, "'cuda' can't run: no driver"),
+        ("triton", LIST, "cpu", True, ValueError, "'triton' works on GPU tensors, .* on cpu"),
+        ("triton", LIST, "mps", True, ValueError, "'triton' works on GPU tensors, .* on mps"),
+        ("triton", LIST, "cuda", False, ValueError, "'triton' needs operands with equal strides"),
+        ("triton", LIST, "cuda", True, RuntimeError, "'triton' can't run: not installed"),
+        ("triton", LIST, "xpu", True, RuntimeError, "'triton' can't run: not installed"),
+    ],
+)
+def test_a_named_backend_that_cannot_run_says_why(
+    requested, operation, device, dense, error, message
+):
+    with pytest.raises(error, match=message):
+        choose(requested, operation, device, dense, "no driver", "not installed")
+
+
+def test_cuda_has_no_kernels_for_the_products():
+    with pytest.raises(RuntimeError, match="no kernel for accumulate_squared_product_"):
+        choose("cuda", PRODUCT, "cuda", True, None, None)
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "device", "reason"),
+    [
+        (True, "cpu", None),
+        (False, "cuda", None),
+        (False, "cpu", "no kernels for the CPU"),
+        (True, "cuda", "interpreter works on CPU tensors only"),
+    ],
+)
+def test_where_triton_can_run(interpreted, device, reason, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    found = _triton.unavailable(device)
+    assert found is None if reason is None else reason in found
 
 
 def test_asking_for_cuda_on_cpu_tensors_never_falls_back():

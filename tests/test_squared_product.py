@@ -24,18 +24,22 @@ every_level = pytest.mark.parametrize(
 every_impl = pytest.mark.parametrize("impl", ["cpu", "auto", "reference"])
 
 
-def one_sample_at_a_time(grads: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def one_sample_at_a_time(
+    grads: Tensor, inputs: Tensor, more_roundings: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return sum_n (g_n^T a_n)^2 in float64, and how much rounding may cost it.
 
     A sum of T products, in any order, is wrong by at most (T + 1) u sum |g a|; its square by twice
-    that times the sum, and the square of the error; N squares are then added.
+    that times the sum, and the square of the error; N squares are then added. ``more_roundings``
+    are those that a product may take part in beside.
     """
     unit = u(compute_dtype(grads.dtype))
     samples, positions = grads.shape[:2]
     exact = torch.zeros(grads.shape[2], inputs.shape[2], dtype=torch.float64)
     budget = torch.zeros_like(exact)
     for g, a in zip(grads.double(), inputs.double(), strict=True):
-        product, error = g.t() @ a, (positions + 1) * unit * (g.abs().t() @ a.abs())
+        product = g.t() @ a
+        error = (positions + 1 + more_roundings) * unit * (g.abs().t() @ a.abs())
         exact += product.square()
         budget += 2 * product.abs() * error + error.square()
     return exact, budget + (samples + 4) * unit * exact + smallest(torch.float32)
@@ -45,14 +49,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
-def assert_adds(run, grads: Tensor, inputs: Tensor, what: str = "total") -> None:
+def assert_adds(
+    run, grads: Tensor, inputs: Tensor, what: str = "total", more_roundings: int = 0
+) -> None:
     """Assert that ``run(total, bias_total)`` adds the squared products to what was there."""
     dtype = compute_dtype(grads.dtype)
     total = torch.rand(grads.shape[2], inputs.shape[2], dtype=dtype)
     bias_total = torch.rand(grads.shape[2], dtype=dtype)
     before, bias_before = total.double().clone(), bias_total.double().clone()
     run(total, bias_total)
-    exact, budget = one_sample_at_a_time(grads, inputs)
+    exact, budget = one_sample_at_a_time(grads, inputs, more_roundings)
     # blocks are added one by one, each rounded to the total's last place
     blocks = grads.shape[0] * max(1, grads.shape[1] // 100) + 2
     added = before + exact

@@ -16,8 +16,8 @@ from ewc_fast._triton.shares import share_out
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Small ones, so that few numbers cross their borders: rows, columns, positions, warps, stages.
-TILE = squared_convolution.Tile(16, 32, 32, 4, 2)
+# Small ones, so that few numbers cross their borders: rows, columns, positions, warps.
+TILE = squared_convolution.Tile(16, 32, 32, 4)
 DEPTHWISE = {name: case for name, case in CONVOLUTIONS.items() if "depthwise" in name}
 OTHERS = {name: case for name, case in CONVOLUTIONS.items() if name not in DEPTHWISE} | {
     # channels of inputs and grads, groups, size, kernel, stride, padding, dilation
@@ -48,7 +48,7 @@ def run(case, dtype=torch.float32, lay_out=lambda t: t, programs=1, samples=2):
     numbers, images = deep(geometry, total, grads, inputs)
     if inputs.shape[1] == geometry["groups"] > 1:
         squared_depthwise.accumulate_squared_depthwise_(
-            *images, bias_total, numbers, lanes=64, programs=programs
+            *images, bias_total, numbers, lanes=256, programs=programs
         )
     else:
         squared_convolution.accumulate_squared_convolution_(

@@ -76,7 +76,7 @@ def test_a_skipped_row_gets_nothing():
 
 
 def test_rows_that_a_row_of_runs_would_confuse():
-    """Runs that end at a cut, begin at one, and fill a stretch; sorted, so that places are known."""
+    """Runs that end at a cut, begin at one, fill a stretch; sorted, so that places are known."""
     for lengths in ([4, 4], [3, 1, 4], [4, 1, 3], [2, 6, 4], [1, 11], [5, 2, 1, 4], [1] * 12):
         samples, most = len(lengths), max(lengths)
         indices = torch.ones(samples, most, dtype=torch.long)

@@ -7,6 +7,7 @@ kernels imports triton. ``unavailable`` says whether they can run.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 
@@ -17,8 +18,15 @@ def interpreted() -> bool:
 
 def unavailable(device_type: str) -> str | None:
     """Why Triton kernels can't run on tensors of a device, or ``None`` where they can."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed: pip install 'ewc-fast[triton]'"
     if device_type == "cpu" and not interpreted():
         return "Triton has no kernels for the CPU"
+    if device_type != "cpu" and interpreted():
+        return "TRITON_INTERPRET=1 is set, and its interpreter works on CPU tensors only"
     return None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ewc_fast._triton import operations, table
+from ewc_fast._triton.formulas import random_bits
 
 _NUMEL = tl.constexpr(table.NUMEL)
 _SAMPLES = tl.constexpr(table.SAMPLES)
@@ -174,7 +175,7 @@ def _chunk(
 ):
     """Run the operation on the chunk's elements; return the sum of their terms, in float64."""
     coefficient = tl.full((), coefficient, COMPUTE)
-    row_seed = operations.random_bits(tl.cast(seed, tl.uint32), tl.cast(ordinal, tl.int64))
+    row_seed = random_bits(tl.cast(seed, tl.uint32), tl.cast(ordinal, tl.int64))
     begin = chunk * _CHUNK
     end = tl.minimum(begin + _CHUNK, tl.cast(numel, tl.int64))
     whole = (end - begin) // BLOCK * is_aligned

@@ -13,16 +13,23 @@ operations (tf32x3: three times as many); 4 O J bytes read and written, and the 
 once. A tile of BO x BJ reads N P (BO + BJ) operands, the total of which is N P O J (1/BO + 1/BJ),
 nearly all out of the L2 cache, where all tiles of a share read the same samples at the same time.
 
-Registers of a thread (stack bytes); sm_80 / sm_90 / sm_100; measured by
-tests/test_triton_convolution.py, which allows no stack:
+Registers of a thread of sm_80, sm_90, sm_100 (triton 3.6; nothing spills), shared memory and what
+the loop of sm_90 is made of; tests/test_triton_machine_code.py compiles them:
 
-REGISTERS_TABLE
+    runs,      64 x 128 x 64, bf16    188, 180, 128    66 KB    4 HGMMA, LDGSTS.128
+    gathered,  64 x  64 x 32, bf16    174, 125, 114    16 KB    2 HGMMA, LDG.U16
+    gathered,  64 x  64 x 32, tf32x3  255, 216, 159    48 KB   20 HGMMA, LDGSTS (4 bytes)
+    gathered,  64 x  64 x 32, tf32    191, 153, 128    40 KB    4 HGMMA, LDGSTS (4 bytes)
+    double,    32 x  64 x 16          128, 121, 128    16 KB    2 DMMA
+
+Not: 128 x 128 (184 bytes of stack), 64 x 64 x 32 with 4 warps (spills on sm_80).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 import triton
@@ -31,8 +38,25 @@ from torch import Tensor
 
 from ewc_fast._triton import interpreted
 from ewc_fast._triton.blocks import Geometry, blocks_of, needs_wide_offsets, next_block
-from ewc_fast._triton.precision import product_precision
+from ewc_fast._triton.precision import float32_precision
 from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
+
+
+LEAST = 16
+"""Of rows, columns and positions in a product on tensor cores; and of 16-bit numbers in a run."""
+
+STAGES = 3
+"""Of the pipeline of loads: two steps' are on their way while one is multiplied."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program has at once."""
+
+    rows: int
+    columns: int
+    positions: int
+    warps: int
 
 
 @triton.jit
@@ -205,33 +229,30 @@ def squared_convolution_kernel(
         tl.store(bias_place, bias_squares, mask=is_bias)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program has, and how it runs."""
+Loads = Literal["runs", "gathered", "double"]
+"""Of 16-bit channels that lie side by side, 16 bytes at a time; one by one; of float64."""
 
-    rows: int
-    columns: int
-    positions: int
-    warps: int
-    stages: int
+TILES: dict[Loads, Tile] = {
+    "runs": Tile(64, 128, 64, warps=8),
+    "gathered": Tile(64, 64, 32, warps=8),
+    "double": Tile(32, 64, 16, warps=8),
+}
 
 
-def tile_for(rows: int, channels: int, kernel: int, positions: int, item_size: int) -> Tile:
+def tile_for(loads: Loads, rows: int, channels: int, kernel: int, positions: int) -> Tile:
     """Return the tile for a group's O rows, I channels, kernel elements and positions.
 
-    As large as the weight and the registers allow: 64 x 128 of 16-bit operands, 64 x 64 of 32-bit
-    ones, whose three-pass products need more registers. Fewer positions at once where there are
-    fewer; at least 16 of everything, which a tensor core takes.
+    The largest that does not spill, less where there is less, but 16 of everything: so much a
+    tensor core takes.
     """
-    wide = item_size == 2
-    columns = channels * kernel if channels < 16 else channels
-    return Tile(
-        _between(16, rows, 64),
-        _between(16, columns, 128 if wide else 64),
-        _between(16, positions, 64 if wide else 32),
-        warps=8 if wide and rows > 32 and columns > 64 else 4,
-        stages=3,
-    )
+    most = TILES[loads]
+    columns = channels * kernel if channels < LEAST else channels
+    sides = [
+        min(limit, max(LEAST, triton.next_power_of_2(size)))
+        for limit, size in ((most.rows, rows), (most.columns, columns), (most.positions, positions))
+    ]
+    warps = most.warps if sides[0] * sides[1] == most.rows * most.columns else 4
+    return Tile(sides[0], sides[1], sides[2], warps)
 
 
 def accumulate_squared_convolution_(
@@ -253,7 +274,8 @@ def accumulate_squared_convolution_(
     samples, all_rows, *out_size = grads.shape
     rows, channels, kernel = all_rows // groups, total.shape[1], prod(total.shape[2:])
     dtype = torch.promote_types(grads.dtype, inputs.dtype)
-    tile = tile or tile_for(rows, channels, kernel, prod(out_size), dtype.itemsize)
+    loads, grads, inputs = _readable(grads.to(dtype), inputs.to(dtype), groups, kernel)
+    tile = tile or tile_for(loads, rows, channels, kernel, prod(out_size))
     row_tiles = triton.cdiv(rows, tile.rows)
     one_element = channels >= tile.columns
     column_tiles = (
@@ -261,8 +283,6 @@ def accumulate_squared_convolution_(
         if one_element
         else triton.cdiv(channels * kernel, tile.columns)
     )
-    grads = _readable(grads.to(dtype), column_tiles)
-    inputs = _readable(inputs.to(dtype), row_tiles * kernel)
     block = blocks_of(out_size, tile.positions)
     steps = prod(triton.cdiv(size, b) for size, b in zip(out_size, block, strict=True))
     tiles = row_tiles * column_tiles * groups
@@ -295,26 +315,29 @@ def accumulate_squared_convolution_(
         SQUARES=shares.are_squares,
         ADD=direct,
         WITH_BIAS=bias_total is not None,
-        PRECISION=product_precision(dtype),
+        PRECISION=float32_precision() if dtype == torch.float32 else "ieee",
         UPCAST=interpreted() and dtype == torch.bfloat16,
         WIDE=needs_wide_offsets(grads, inputs),
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=STAGES,
     )
     add_shares_((total, bias_total), rooms, shares)
 
 
-def _readable(tensor: Tensor, reads: int) -> Tensor:
-    """Return an operand that is read so many times, channels last where that saves time.
+def _readable(
+    grads: Tensor, inputs: Tensor, groups: int, kernel: int
+) -> tuple[Loads, Tensor, Tensor]:
+    """Return operands that load fast, and how they do: copied, channels last, where that pays.
 
-    Of 16-bit numbers only runs of channels are loaded 16 bytes at a time and asynchronously; runs
-    of positions begin anywhere. A copy costs a reading and a writing, less than four such readings.
+    Only 16-bit channels that lie side by side are loaded 16 bytes at a time and asynchronously;
+    runs of positions begin anywhere. A copy is one reading and one writing: less than the loss of
+    reading inputs four times in small pieces, once for each kernel element and tile of rows.
     """
-    pays = tensor.dtype.itemsize == 2 and tensor.shape[1] % 16 == 0 and reads >= 4
-    if not pays or tensor.stride(1) == 1:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _between(least: int, size: int, most: int) -> int:
-    return min(most, max(least, triton.next_power_of_2(size)))
+    if grads.dtype == torch.float64:
+        return "double", grads, inputs
+    rows, channels = grads.shape[1] // groups, inputs.shape[1] // groups
+    runs = grads.dtype.itemsize == 2 and rows % LEAST == 0 and channels % LEAST == 0
+    if not runs or kernel * triton.cdiv(rows, TILES["runs"].rows) < 4:
+        return "gathered", grads, inputs
+    last = torch.channels_last_3d
+    return "runs", grads.contiguous(memory_format=last), inputs.contiguous(memory_format=last)

@@ -55,14 +55,14 @@ class Table:
     """The rows of one call: their shapes for good, their addresses until they change.
 
     A CUDA graph reads the table at each replay: what one was captured with is never written again,
-    and has to live as long as the graph does.
+    and stays in ``read_by_graphs``.
     """
 
     def __init__(
         self, operation: Operation, lists: Sequence[TensorList], ordinals: Sequence[int]
     ) -> None:
         self.device: torch.device | None = lists[0][0].device if lists[0] else None
-        self.captured = False
+        self.read_by_graphs: list[Tensor] = []
         self._stacked = [operand.stacked for operand in operation.operands]
         tensors = list(zip(*lists, strict=True))
         self.rows = [self._row(*row) for row in zip(tensors, ordinals, strict=True)]
@@ -72,6 +72,7 @@ class Table:
         self._aligned: dict[int, int] = {}
         self._records: Tensor | None = None
         self._chunks: Tensor | None = None
+        self._is_read_by_graph = False
         self.take([[t.data_ptr() for t in row] for row in tensors])
 
     def take(self, addresses: list[list[int]]) -> None:
@@ -93,15 +94,17 @@ class Table:
         if self._chunks is None:
             self._chunks = _upload(self._entries(), self.device)
         records = torch.tensor([self._record(i) for i in range(len(addresses))], dtype=torch.int64)
-        if self._records is None or self.captured:
-            self._records, self.captured = _upload(records, self.device), False
+        if self._records is None or self._is_read_by_graph:
+            self._records, self._is_read_by_graph = _upload(records, self.device), False
         else:
             self._records.copy_(_staged(records, self.device), non_blocking=True)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         """Return records and chunks, for a launch with several rows."""
         assert self.device is not None and self._records is not None and self._chunks is not None
-        self.captured = self.captured or _capturing(self.device)
+        if not self._is_read_by_graph and _capturing(self.device):
+            self._is_read_by_graph = True
+            self.read_by_graphs += [self._records, self._chunks]
         return self._records, self._chunks
 
     def only_row(self, launch: Launch) -> tuple[list[int], Row, int]:
@@ -120,7 +123,7 @@ class Table:
         """Return the launches: one for each combination of dtypes."""
         kinds: dict[tuple[torch.dtype, ...], list[int]] = {}
         for i, row in enumerate(tensors):
-            if self.rows[i].numel > 0:
+            if self.rows[i].numel * self.rows[i].samples > 0:
                 kinds.setdefault(tuple(t.dtype for t in row), []).append(i)
         launches: list[Launch] = []
         first = 0
