@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "_engine": {"_plan", "_triton", "_checks", "_dispatch", "_native", "reference"},
     "_ops": {"_engine", "_checks", "reference"},
     "products": {"_triton", "_engine", "_checks", "_dispatch", "_native", "reference"},
+    "sums": {"_triton", "_dispatch", "reference"},
     "functional": {"products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "_springs": {"functional", "_checks", "_dispatch", "_native"},
     "fisher": {"functional", "products", "sums", "_checks"},

@@ -48,7 +48,7 @@ def run(case, dtype=torch.float32, lay_out=lambda t: t, programs=1, samples=2):
     numbers, images = deep(geometry, total, grads, inputs)
     if inputs.shape[1] == geometry["groups"] > 1:
         squared_depthwise.accumulate_squared_depthwise_(
-            *images, bias_total, numbers, lanes=256, programs=programs
+            *images, bias_total, numbers, lanes=1024, programs=programs
         )
     else:
         squared_convolution.accumulate_squared_convolution_(
@@ -89,7 +89,7 @@ def test_half_precision_is_added_up_in_float32(name, dtype):
 
 
 LAYOUTS = {
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
     "every_second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "some_channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
@@ -98,7 +98,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ["2d_groups", "2d_depthwise", "2d_groups_of_a_tile"])
+@pytest.mark.parametrize("name", ["2d_groups", "3d_depthwise", "2d_groups_of_a_tile"])
 def test_operands_may_have_any_strides(name, lay_out):
     assert_right(*run((OTHERS | DEPTHWISE)[name], lay_out=lay_out))
 

@@ -59,7 +59,20 @@ class Tile:
     warps: int
 
 
-@triton.jit
+# Neither 1 nor a multiple of 16 is worth another compilation for these.
+@triton.jit(
+    do_not_specialize=[
+        "samples",
+        "out_y",
+        "out_x",
+        "in_y",
+        "in_x",
+        "share_samples",
+        "share_steps",
+        "numel",
+        "all_rows",
+    ]
+)
 def squared_convolution_kernel(
     grads,  # (N, O, z, y, x)
     inputs,  # (N, I, z, y, x)

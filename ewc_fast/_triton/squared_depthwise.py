@@ -30,7 +30,18 @@ LANES = 512
 """Outputs times positions at once; times ELEMENTS over 128 threads, sums in 16 registers."""
 
 
-@triton.jit
+# Neither 1 nor a multiple of 16 is worth another compilation for these.
+@triton.jit(
+    do_not_specialize=[
+        "samples",
+        "out_y",
+        "out_x",
+        "in_y",
+        "in_x",
+        "share_samples",
+        "share_steps",
+    ]
+)
 def squared_depthwise_kernel(
     grads,  # (N, O, z, y, x)
     inputs,  # (N, I, z, y, x)

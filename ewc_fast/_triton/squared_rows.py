@@ -31,7 +31,7 @@ MOST_COLUMNS = 1024
 """Of a program: eight in each of 128 threads."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "samples", "positions", "rows", "skipped_row"])
 def squared_rows_kernel(
     keys,  # (M), ascending: row * samples + sample
     order,  # (M): which entry, n * positions + t
@@ -106,7 +106,7 @@ def squared_rows_kernel(
             tl.store(places, squares, mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def stitch_rows_kernel(
     keys,
     total,
@@ -118,33 +118,30 @@ def stitch_rows_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Put the stretches of a row together that were cut, beginning with the first of them."""
-    SUM: tl.constexpr = total.dtype.element_ty
     stretch = tl.cast(tl.program_id(0), tl.int64)
-    goes_on = tl.load(cut_kinds + stretch * 2 + 1) & 2
-    if goes_on != 0:
+    if tl.load(cut_kinds + stretch * 2 + 1) & 2 != 0:
+        behind = stretch + 1  # the row's last stretch
+        while tl.load(cut_kinds + behind * 2) & 2 != 0:
+            behind += 1
         row = tl.load(keys + stretch * STRETCH + STRETCH).to(tl.int64) // samples
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         is_column = column < columns
         places = cut + (stretch * 2 + 1) * 3 * columns + column
         squares = tl.load(places + columns, mask=is_column, other=0.0)
         run = tl.load(places + 2 * columns, mask=is_column, other=0.0)
-        while goes_on != 0:
-            stretch += 1
-            start = stretch * STRETCH
-            joins = tl.load(keys + start) == tl.load(keys + start - 1)
-            kind = tl.load(cut_kinds + stretch * 2)
-            is_one_run = (kind & 1) != 0
-            places = cut + stretch * 2 * 3 * columns + column
+        for at in range(stretch + 1, behind + 1):
+            joins = tl.load(keys + at * STRETCH) == tl.load(keys + at * STRETCH - 1)
+            is_one_run = (tl.load(cut_kinds + at * 2) & 1) != 0
+            places = cut + at * 2 * 3 * columns + column
             squares += tl.where(joins, 0.0, run * run)
             run = tl.where(joins, run, 0.0) + tl.load(places, mask=is_column, other=0.0)
             inner = tl.load(places + columns, mask=is_column, other=0.0)
             last = tl.load(places + 2 * columns, mask=is_column, other=0.0)
             squares += tl.where(is_one_run, 0.0, run * run + inner)
             run = tl.where(is_one_run, run, last)
-            goes_on = kind & 2
         places = total + row * columns + column
         squares += run * run + tl.load(places, mask=is_column, other=0.0)
-        tl.store(places, squares.to(SUM), mask=is_column)
+        tl.store(places, squares, mask=is_column)
 
 
 def accumulate_squared_rows_(

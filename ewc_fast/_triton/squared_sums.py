@@ -22,14 +22,15 @@ from torch import Tensor
 
 from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
 
-LANES = 4096
-"""Positions times features at once: 32 numbers of each operand in each of 128 threads."""
+LANES = 2048
+"""Positions times features at once: 16 numbers of each operand in each of 128 threads."""
 
 RUN = 64
 """Neighbours in memory that a block takes: 128 bytes, a cache line, of 16-bit numbers."""
 
 
-@triton.jit
+# Neither 1 nor a multiple of 16 is worth another compilation for these.
+@triton.jit(do_not_specialize=["samples", "share_samples", "share_steps"])
 def squared_sums_kernel(
     grads,  # (N, T, D), like all operands
     inputs,
@@ -122,7 +123,7 @@ def block_for(positions: int, features: int, features_are_neighbours: bool) -> t
         block = min(RUN, triton.next_power_of_2(features))
         return min(LANES // block, triton.next_power_of_2(positions)), block
     # A channel's positions are one run, mostly long: a few channels for each program.
-    block = min(LANES // 4, triton.next_power_of_2(positions))
+    block = min(LANES // 2, triton.next_power_of_2(positions))
     return block, min(LANES // block, triton.next_power_of_2(features), 16)
 
 
