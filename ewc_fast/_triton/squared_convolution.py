@@ -13,16 +13,17 @@ operations (tf32x3: three times as many); 4 O J bytes read and written, and the 
 once. A tile of BO x BJ reads N P (BO + BJ) operands, the total of which is N P O J (1/BO + 1/BJ),
 nearly all out of the L2 cache, where all tiles of a share read the same samples at the same time.
 
-Registers of a thread of sm_80, sm_90, sm_100 (triton 3.6; nothing spills), shared memory and what
-the loop of sm_90 is made of; tests/test_triton_machine_code.py compiles them:
+Registers of a thread of sm_80, sm_90, sm_100 (triton 3.6; nothing spills), shared memory on sm_90
+and what multiplies there; tests/test_triton_fisher_compiled.py compiles and prints them:
 
-    runs,      64 x 128 x 64, bf16    188, 180, 128    66 KB    4 HGMMA, LDGSTS.128
-    gathered,  64 x  64 x 32, bf16    174, 125, 114    16 KB    2 HGMMA, LDG.U16
-    gathered,  64 x  64 x 32, tf32x3  255, 216, 159    48 KB   20 HGMMA, LDGSTS (4 bytes)
-    gathered,  64 x  64 x 32, tf32    191, 153, 128    40 KB    4 HGMMA, LDGSTS (4 bytes)
-    double,    32 x  64 x 16          128, 121, 128    16 KB    2 DMMA
+    runs,      64 x 128 x 64, bf16    188, 182, 128    66 KB   HGMMA, LDGSTS.128
+    gathered,  64 x  32 x 32, bf16    203, 156, 128     6 KB   HGMMA, LDG.U16
+    gathered,  64 x  64 x 32, bf16    174, 125, 114    16 KB   HGMMA, LDG.U16
+    gathered,  64 x  64 x 32, tf32x3  255, 200, 149    48 KB   HGMMA, LDGSTS of 4 bytes
+    double,    32 x  64 x 16           80, 128         24 KB   DMMA
 
-Not: 128 x 128 (184 bytes of stack), 64 x 64 x 32 with 4 warps (spills on sm_80).
+Not: 128 x 128 x 64 (184 bytes of stack); 64 x 64 x 32 gathered with 4 warps (spills on sm_80).
+The choice was made by registers and instructions; no GPU has measured it yet.
 """
 
 from __future__ import annotations

