@@ -42,7 +42,6 @@ from ewc_fast._triton.blocks import Geometry, blocks_of, needs_wide_offsets, nex
 from ewc_fast._triton.precision import float32_precision
 from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
 
-
 LEAST = 16
 """Of rows, columns and positions in a product on tensor cores; and of 16-bit numbers in a run."""
 
