@@ -11,11 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-PROGRAMS_A_MULTIPROCESSOR = 2
-"""Two programs hide each other's waits; more shares would only be more to add up."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +38,6 @@ def share_out(samples: int, steps: int, tiles: int, programs: int) -> Shares:
     each = -(-steps // min(steps, -(-wanted // samples)))
     parts = -(-steps // each)
     return Shares(1, parts, each, samples * parts)
-
-
-def programs_for(device: torch.device) -> int:
-    """Return how many programs keep a device busy; the interpreter runs one after the other."""
-    if device.type != "cuda":
-        return 1
-    properties = torch.cuda.get_device_properties(device)
-    return PROGRAMS_A_MULTIPROCESSOR * properties.multi_processor_count
 
 
 def rooms_for(shares: Shares, totals: Sequence[Tensor | None]) -> tuple[bool, list[Tensor | None]]:

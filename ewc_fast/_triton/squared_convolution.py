@@ -39,8 +39,9 @@ from torch import Tensor
 
 from ewc_fast._triton import interpreted
 from ewc_fast._triton.blocks import Geometry, blocks_of, needs_wide_offsets, next_block
+from ewc_fast._triton.device import current, programs_for
 from ewc_fast._triton.precision import float32_precision
-from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
+from ewc_fast._triton.shares import add_shares_, rooms_for, share_out
 
 LEAST = 16
 """Of rows, columns and positions in a product on tensor cores; and of 16-bit numbers in a run."""
@@ -301,39 +302,40 @@ def accumulate_squared_convolution_(
     tiles = row_tiles * column_tiles * groups
     shares = share_out(samples, steps, tiles, programs or programs_for(total.device))
     direct, rooms = rooms_for(shares, (total, bias_total))
-    squared_convolution_kernel[tiles, shares.count](
-        grads,
-        inputs,
-        *rooms,
-        samples,
-        rows,
-        channels,
-        *out_size,
-        *inputs.shape[2:],
-        *grads.stride(),
-        *inputs.stride(),
-        shares.samples,
-        shares.parts,
-        shares.steps,
-        total.numel(),
-        all_rows,
-        *total.shape[2:],
-        *geometry.stride,
-        *geometry.padding,
-        *geometry.dilation,
-        tile.rows,
-        tile.columns,
-        *block,
-        ONE_ELEMENT=one_element,
-        SQUARES=shares.are_squares,
-        ADD=direct,
-        WITH_BIAS=bias_total is not None,
-        PRECISION=float32_precision() if dtype == torch.float32 else "ieee",
-        UPCAST=interpreted() and dtype == torch.bfloat16,
-        WIDE=needs_wide_offsets(grads, inputs),
-        num_warps=tile.warps,
-        num_stages=STAGES,
-    )
+    with current(grads.device):
+        squared_convolution_kernel[tiles, shares.count](
+            grads,
+            inputs,
+            *rooms,
+            samples,
+            rows,
+            channels,
+            *out_size,
+            *inputs.shape[2:],
+            *grads.stride(),
+            *inputs.stride(),
+            shares.samples,
+            shares.parts,
+            shares.steps,
+            total.numel(),
+            all_rows,
+            *total.shape[2:],
+            *geometry.stride,
+            *geometry.padding,
+            *geometry.dilation,
+            tile.rows,
+            tile.columns,
+            *block,
+            ONE_ELEMENT=one_element,
+            SQUARES=shares.are_squares,
+            ADD=direct,
+            WITH_BIAS=bias_total is not None,
+            PRECISION=float32_precision() if dtype == torch.float32 else "ieee",
+            UPCAST=interpreted() and dtype == torch.bfloat16,
+            WIDE=needs_wide_offsets(grads, inputs),
+            num_warps=tile.warps,
+            num_stages=STAGES,
+        )
     add_shares_((total, bias_total), rooms, shares)
 
 

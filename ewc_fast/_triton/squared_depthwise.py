@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ewc_fast._triton.blocks import Geometry, blocks_of, needs_wide_offsets, next_block
-from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
+from ewc_fast._triton.device import current, programs_for
+from ewc_fast._triton.shares import add_shares_, rooms_for, share_out
 
 ELEMENTS = 4
 """More would leave more of a 3 x 3 kernel's blocks empty, fewer read the gradients more often."""
@@ -219,31 +220,32 @@ def accumulate_squared_depthwise_(
     tiles = triton.cdiv(kernel, elements) * triton.cdiv(rows, block_rows)
     shares = share_out(samples, steps, tiles, programs or programs_for(total.device))
     direct, rooms = rooms_for(shares, (total, bias_total))
-    squared_depthwise_kernel[tiles, shares.count](
-        grads,
-        inputs,
-        *rooms,
-        samples,
-        rows,
-        rows // inputs.shape[1],
-        *out_size,
-        *inputs.shape[2:],
-        *grads.stride(),
-        *inputs.stride(),
-        shares.samples,
-        shares.parts,
-        shares.steps,
-        *total.shape[2:],
-        *geometry.stride,
-        *geometry.padding,
-        *geometry.dilation,
-        block_rows,
-        elements,
-        *block,
-        CHANNELS_LAST=channels_last,
-        SQUARES=shares.are_squares,
-        ADD=direct,
-        WITH_BIAS=bias_total is not None,
-        WIDE=needs_wide_offsets(grads, inputs),
-    )
+    with current(grads.device):
+        squared_depthwise_kernel[tiles, shares.count](
+            grads,
+            inputs,
+            *rooms,
+            samples,
+            rows,
+            rows // inputs.shape[1],
+            *out_size,
+            *inputs.shape[2:],
+            *grads.stride(),
+            *inputs.stride(),
+            shares.samples,
+            shares.parts,
+            shares.steps,
+            *total.shape[2:],
+            *geometry.stride,
+            *geometry.padding,
+            *geometry.dilation,
+            block_rows,
+            elements,
+            *block,
+            CHANNELS_LAST=channels_last,
+            SQUARES=shares.are_squares,
+            ADD=direct,
+            WITH_BIAS=bias_total is not None,
+            WIDE=needs_wide_offsets(grads, inputs),
+        )
     add_shares_((total, bias_total), rooms, shares)

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ewc_fast._triton.device import current
+
 _DENSE = torch.contiguous_format
 
 STRETCH = 256
@@ -167,34 +169,36 @@ def accumulate_squared_rows_(
     blocks, stretches = triton.cdiv(columns, block), triton.cdiv(entries, stretch)
     cut = total.new_empty(stretches, 2, 3, columns)
     cut_kinds = keys.new_zeros(stretches, 2, dtype=torch.int32)
-    squared_rows_kernel[entries, blocks](
-        keys,
-        order,
-        values,
-        table,
-        cut,
-        cut_kinds,
-        entries,
-        samples,
-        positions,
-        rows,
-        columns,
-        *values.stride(),
-        skipped_row,
-        STRETCH=stretch,
-        BLOCK_COLUMNS=block,
-        AT_ONCE=min(8, stretch),
-    )
-    if stretches > 1:
-        stitch_rows_kernel[stretches - 1, blocks](
+    with current(values.device):
+        squared_rows_kernel[entries, blocks](
             keys,
+            order,
+            values,
             table,
             cut,
             cut_kinds,
+            entries,
             samples,
+            positions,
+            rows,
             columns,
+            *values.stride(),
+            skipped_row,
             STRETCH=stretch,
             BLOCK_COLUMNS=block,
+            AT_ONCE=min(8, stretch),
         )
+    if stretches > 1:
+        with current(values.device):
+            stitch_rows_kernel[stretches - 1, blocks](
+                keys,
+                table,
+                cut,
+                cut_kinds,
+                samples,
+                columns,
+                STRETCH=stretch,
+                BLOCK_COLUMNS=block,
+            )
     if table is not total:
         total.add_(table)

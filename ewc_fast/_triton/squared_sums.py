@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ewc_fast._triton.shares import add_shares_, programs_for, rooms_for, share_out
+from ewc_fast._triton.device import current, programs_for
+from ewc_fast._triton.shares import add_shares_, rooms_for, share_out
 
 LANES = 2048
 """Positions times features at once: 16 numbers of each operand in each of 128 threads."""
@@ -154,28 +155,29 @@ def accumulate_squared_sums_(
     shares = share_out(samples, steps, tiles, programs or programs_for(grads.device))
     direct, rooms = rooms_for(shares, (total, bias_total))
     of_positions = any(t is not None and t.shape[2] == 1 for t in (means, scales))
-    squared_sums_kernel[tiles, shares.count](
-        grads,
-        inputs,
-        means,
-        scales,
-        *rooms,
-        samples,
-        positions,
-        features,
-        *grads.stride(),
-        *_strides(inputs),
-        *_strides(means),
-        *_strides(scales),
-        shares.samples,
-        shares.parts,
-        shares.steps,
-        BLOCK_POSITIONS=block[0],
-        BLOCK_FEATURES=block[1],
-        OF_POSITIONS=of_positions,
-        SQUARES=shares.are_squares,
-        ADD=direct,
-    )
+    with current(grads.device):
+        squared_sums_kernel[tiles, shares.count](
+            grads,
+            inputs,
+            means,
+            scales,
+            *rooms,
+            samples,
+            positions,
+            features,
+            *grads.stride(),
+            *_strides(inputs),
+            *_strides(means),
+            *_strides(scales),
+            shares.samples,
+            shares.parts,
+            shares.steps,
+            BLOCK_POSITIONS=block[0],
+            BLOCK_FEATURES=block[1],
+            OF_POSITIONS=of_positions,
+            SQUARES=shares.are_squares,
+            ADD=direct,
+        )
     add_shares_((total, bias_total), rooms, shares)
 
 
