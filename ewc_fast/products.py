@@ -14,9 +14,9 @@ Results repeat bit for bit for any number of threads. A call that raises has wri
 :func:`ewc_fast._dispatch.product_way`, on CUDA takes Triton where it is installed, and elsewhere
 the reference.
 
-Triton multiplies bfloat16 and float16 exactly, and float32 in three passes of TF32, which lose
-about as much as float32's own rounding of a sum of a dozen terms. Only where PyTorch was told to use
-TF32 for matrix products (``torch.backends.cuda.matmul.fp32_precision = "tf32"``) does one pass do.
+Triton multiplies bfloat16 and float16 exactly, and float32 in three passes of TF32, each product
+with an error of at most twelve float32 roundings. Only where PyTorch was told to use TF32 for its
+matrix products (``torch.backends.cuda.matmul.fp32_precision = "tf32"``) does one pass do.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ still under way while the next one's are issued.
 Operations: 2 N T O I on tensor cores (tf32x3: three times as many), 3 N O I on the others.
 Bytes: N T O I (1 / COLUMNS + 1 / ROWS) elements, nearly all from L2, since programs that run at a
 time have neighbouring tiles; from memory at least N T (O + I) elements and 8 O I.
-At O = I = 4096, T = 2048, N = 8 in bfloat16 these are 0.55 Pflop, 0.56 ms at an H200's 989 Tflop/s,
-and 0.4 GB, 0.08 ms at its 4.8 TB/s: the tensor cores bound it. At T = 1 they are N / 4 flop for each
-byte of F, where the chip has 206: memory bounds it up to N = 800, with tf32x3 up to 140.
+At O = I = 4096, T = 2048, N = 8 in bfloat16: 0.55 Pflop, 0.56 ms at an H200's 989 Tflop/s, against
+0.4 GB, 0.08 ms at its 4.8 TB/s: bound by tensor cores. Shared memory is close behind: of a tile of
+128 x 128, a step of 64 positions takes 512 cycles of tensor cores, and moves 80 KB in and out of
+shared memory, 640 cycles at 128 bytes each. At T = 1, a byte of F allows N / 4 flop where the chip
+has 206: memory bounds it up to N = 800, with tf32x3 up to 140.
 """
 
 import triton
@@ -23,7 +25,7 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=[
-        "positions", "rows", "columns", "steps", "chunks", "group_steps", "out_split", "out_row",
+        "positions", "rows", "columns", "steps", "chunks", "group_steps", "out_row",
         "grads_sample", "inputs_sample",
     ]
 )  # fmt: skip
@@ -79,7 +81,7 @@ def squared_product_kernel(
         first_of_group = split // chunks * group_steps
         begin = first_of_group + split % chunks * steps
         end = tl.minimum(begin + steps, first_of_group + group_steps)
-    place = split.to(tl.int64) * out_split * OUT_VECTOR
+    place = split.to(tl.int64) * out_split
     if program < row_tiles * column_tiles:
         # Bands of GROUP tiles, column by column: programs that run at a time share operands.
         band = GROUP * column_tiles
@@ -107,7 +109,7 @@ def squared_product_kernel(
                 POSITIONS, INPUTS_ALONG, INPUTS_VECTOR, WIDEN, SQUARED_OPERANDS,
             )  # fmt: skip
             sums = tl.dot(tl.trans(g), a, sums, input_precision=PRECISION, out_dtype=SUM)
-            if SQUARED_SUMS:
+            if SQUARED_SUMS:  # noqa: SIM102 (a constant, and a value of the loop)
                 if left <= POSITIONS:
                     squares += sums * sums
                     sums = tl.zeros((ROWS, COLUMNS), SUM)
@@ -135,7 +137,7 @@ def squared_product_kernel(
                 POSITIONS, GRADS_ALONG, GRADS_VECTOR, WIDEN, SQUARED_OPERANDS,
             )  # fmt: skip
             bias_sums += g.to(SUM)
-            if SQUARED_SUMS:
+            if SQUARED_SUMS:  # noqa: SIM102 (a constant, and a value of the loop)
                 if left <= POSITIONS:
                     sums_of_sample = tl.sum(bias_sums, 0)
                     bias += sums_of_sample * sums_of_sample
@@ -204,14 +206,14 @@ def _load(
     return loaded * loaded if SQUARED else loaded
 
 
-@triton.jit(do_not_specialize=["groups", "chunks", "split_vectors", "rows", "columns"])
+@triton.jit(do_not_specialize=["groups", "chunks", "rows", "columns"])
 def add_splits_kernel(
     total,
     bias_total,  # or None
     partials,  # of each split: [rows, columns] without gaps, then the bias's [rows]
     groups,
     chunks,
-    split_vectors,  # length of a split's in fours
+    split_length,
     rows,
     columns,
     total_row,
@@ -224,13 +226,14 @@ def add_splits_kernel(
     Reads 4 O I bytes a split, mostly from L2, where they have just been written; and F.
     """
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    length = tl.cast(split_vectors, tl.int64) * 4
     added = tl.zeros((BLOCK,), total.dtype.element_ty)
     for group in range(groups):
         sums = tl.zeros((BLOCK,), total.dtype.element_ty)
         for chunk in range(chunks):
             split = tl.cast(group * chunks + chunk, tl.int64)
-            sums += tl.load(partials + split * length + entry, entry < length, other=0.0)
+            sums += tl.load(
+                partials + split * split_length + entry, entry < split_length, other=0.0
+            )
         added += sums * sums if SQUARED_SUMS else sums
     weights = tl.cast(rows, tl.int64) * columns
     at = total + (entry // columns * total_row + entry % columns)

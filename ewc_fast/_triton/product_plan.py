@@ -1,8 +1,9 @@
 """How the squared product is laid out: tiles, splits, vectors, precision. Pure functions.
 
 They depend on shapes, strides, dtypes, addresses modulo 16 and the number of multiprocessors, on
-nothing that is measured while a program runs: equal calls on equal chips give equal bits. The tiles
-were chosen by registers, spills and instructions of the compiled kernel, not yet by time on a GPU.
+nothing that is measured while a program runs: nothing is tuned then, and equal calls on equal chips
+give equal bits. The tiles were chosen by registers, spills and instructions of the compiled kernel;
+a benchmark on a GPU has yet to confirm or replace them, here.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Precision = Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"]
 """How tensor cores multiply float32, with the error of one product g a.
 
 ``tf32x3`` splits each factor into two parts of 11 bits and leaves out the product of the second
-ones: 3 * 2^-22 |g a|, twelve roundings of float32. ``bf16x6`` is three parts of 8 bits without their
-three smallest products: much the same. ``bf16x3``: 2^-15. ``tf32`` rounds each factor to 11 bits:
-2^-11 |g a|. ``ieee`` is exact float32, without tensor cores.
+ones: 3 * 2^-22 |g a|, twelve roundings of float32. ``bf16x3`` does so with 8 bits: 3 * 2^-18;
+``bf16x6`` with three parts: less than one rounding. ``tf32`` rounds each factor to 11 bits: 2^-10.
+``ieee`` is exact float32, without tensor cores.
 """
 
 
@@ -38,19 +39,25 @@ class Tile:
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 
-# Of each kind from large to small. Registers of a thread (of 255; no tile spills), shared memory,
-# and instructions in the loop of sm_90, triton 3.6:
+# Of each kind from large to small. What triton 3.6 makes of them; nothing spills (255 registers are
+# all there are). Shared memory and a step's instructions are those of sm_90:
 #
-#   native, 128 x 128 x 64    208   96 KB    4 HGMMA m64n128k16, 8 LDGSTS.128
-#            64 x 128 x 64    122   72 KB    4 HGMMA m64n64k16, 6 LDGSTS.128; two blocks at a time
-#            64 x  64 x 64    124   48 KB    4 HGMMA m64n64k16, 8 LDGSTS.128; four blocks
-#   tf32,   128 x 128 x 32    236   96 KB    4 HGMMA m64n128k8
-#   split,   64 x 128 x 32    252   80 KB    20 HGMMA; its sums of tf32x3 leave no room for 128 x 128
-#            64 x  64 x 32    177   48 KB    20 HGMMA
-#   double,  64 x  64 x 16    166   32 KB    4 DMMA
+#                             registers of a thread    shared
+#                             sm_80   sm_90   sm_100   memory   a step on sm_90
+#   native  128 x 128 x 64     247     208     184     96 KB    4 HGMMA 64x128x16, 8 LDGSTS.128
+#            64 x 128 x 64     171     122     124     72 KB    4 HGMMA 64x64x16, 6 LDGSTS.128
+#            64 x  64 x 64     168     124     116     48 KB    4 HGMMA 64x64x16, 8 LDGSTS.128
+#   tf32    128 x 128 x 32     250     236     242     96 KB    4 HGMMA 64x128x8, 32 LDGSTS
+#   split    64 x 128 x 32     255     254     164     80 KB    20 HGMMA 64x64x8, 4 + 8 LDGSTS
+#            64 x  64 x 32     230     179     105     48 KB    20 HGMMA 64x32x8, 2 + 8 LDGSTS
+#     squares of bfloat16      222     182     112     48 KB    20 HGMMA 64x64x8, 2 LDGSTS.128
+#   scalar   64 x  64 x 32     156     128     128     16 KB    2 HGMMA 64x32x16, 16 LDG
+#   double   64 x  64 x 16     144     167     128     32 KB    4 DMMA, 2 + 4 LDGSTS
 #
-# Not: 128 x 128 with 4 warps, 128 x 256, 128 x 128 in tf32x3 (spill). On sm_80 the same tiles take
-# 247, 171, 168, 255 registers; on sm_100 184, 112 and fewer.
+# So one block of the largest fits a multiprocessor of sm_90, two of the next, four of the third.
+# sm_90's tensor cores want float32 with positions contiguous: operands whose features are, Triton
+# copies by 4 bytes (split: one of the two; 4 + 8 LDGSTS are four of 16 bytes, eight of 4).
+# Not taken, since they spill: 128 x 128 x 64 with 4 warps, 128 x 256, 128 x 128 of split.
 _TILES: dict[str, tuple[Tile, ...]] = {
     "native": (Tile(128, 128, 64, 8), Tile(64, 128, 64, 8), Tile(64, 64, 64, 4)),
     "tf32": (Tile(128, 128, 32, 8), Tile(64, 128, 32, 8), Tile(64, 64, 32, 8)),
@@ -76,7 +83,7 @@ class Operand:
 
     @classmethod
     def of(cls, tensor: Tensor, ragged: bool = False) -> Operand:
-        """Return the widest vectors of up to 16 bytes that lie everywhere on multiples of theirs."""
+        """Return the widest vectors, to 16 bytes, whose addresses are multiples of their size."""
         strides = [s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
         along = 0 if strides[1] == 1 and strides[2] != 1 and not ragged else 1
         axis = along + 1
@@ -96,9 +103,9 @@ def dot(
     """Return how a product's factors are multiplied, and whether they become float32 before.
 
     bfloat16 with bfloat16 and float16 with float16 are multiplied as they are, exactly; one with
-    the other as TF32, which holds both, exactly. Squares of either need 16 and 22 bits: rounded back
+    the other as TF32, which holds both, exactly. Their squares need 16 and 22 bits: rounded back
     they would lose half of them, while the two parts of ``tf32x3`` hold them, and only the product
-    of the small parts is left out, at most 2^-24 of the whole. With a float32 operand the caller's
+    of the small parts is left out, at most 2^-22 of the whole. With a float32 operand the caller's
     choice holds. float64 is multiplied in float64.
     """
     if torch.float64 in (grads, inputs):
@@ -119,7 +126,7 @@ def tiles_of(
     """
     if dtype == torch.float64:
         return _TILES["double"]
-    if least_bytes < 4 or precision == "ieee" and widened:
+    if least_bytes < 4 or (precision == "ieee" and widened):
         return _TILES["scalar"]
     if not widened:
         return _TILES["native"]
@@ -155,7 +162,7 @@ def plan(
 ) -> Plan:
     """Return the largest tile that gives half the multiprocessors work, else the smallest."""
     for tile in tiles:
-        if tile.rows > 64 and rows <= 64 or tile.columns > 64 and columns <= 64:
+        if (tile.rows > 64 and rows <= 64) or (tile.columns > 64 and columns <= 64):
             continue
         tile = with_fewest_steps(tile, positions)
         count = tile.count(rows, columns)
@@ -187,3 +194,9 @@ def split(samples: int, sample_steps: int, tiles: int, multiprocessors: int) -> 
     each = -(-samples // min(wanted, samples)) * sample_steps
     count = -(-steps // each)
     return Split(count, each, count, steps, cuts_samples=False)
+
+
+def whole_samples(given: Split, samples: int) -> Split:
+    """Return a split of about as many shares that cuts no sample, for samples of any length."""
+    count = min(given.count, samples)
+    return Split(count, 0, count, 0, cuts_samples=False)  # a table says where shares begin
