@@ -100,8 +100,8 @@ def _cxx(compiler: str, source: Path) -> list[str]:
 
 def _nvcc(nvcc: str, architectures: list[str]) -> list[str]:
     targets = [f"-gencode=arch=compute_{a},code=[compute_{a},sm_{a}]" for a in architectures]
-    host = "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden -Werror=all-warnings --fmad=false"
-    return [nvcc, *shlex.split(host), *targets]
+    host = "-std=c++17 -O3 -DNDEBUG --fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+    return [nvcc, *shlex.split(host), "-Werror=all-warnings", *targets]
 
 
 def pybind11_headers() -> Path:

@@ -38,8 +38,6 @@ CHUNK_BYTES = 2 << 20
 REFERENCE_BYTES = 64 << 20
 """Of per-sample products that the reference may form at a time."""
 
-_WHY_NO_TRITON = {"accumulate_squared_convolution_": "no kernel has been written for it"}
-
 
 def accumulate_squared_product_(
     total: Tensor,
@@ -142,7 +140,8 @@ def accumulate_squared_convolution_(
     )
     total, grads, inputs = total.detach(), grads.detach(), inputs.detach()
     bias_total = None if bias_total is None else bias_total.detach()
-    if _implementation(impl, "accumulate_squared_convolution_", total) == "reference":
+    chosen = _implementation(impl, "accumulate_squared_convolution_", total)
+    if chosen == "reference":
         samples = _samples_at_once(REFERENCE_BYTES, total)
         for g, a in zip(grads.split(samples), inputs.split(samples), strict=True):
             reference.accumulate_squared_convolution_(
@@ -156,27 +155,44 @@ def accumulate_squared_convolution_(
                 bias_total=bias_total,
             )
         return
-    depthwise = groups > 1 and grads.shape[1] == inputs.shape[1] == groups
     # In three dimensions; those that are missing have size 1, stride 1, no padding.
     missing = 5 - inputs.dim()
-    deep = [t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]) for t in (total, grads, inputs)]
-    strides, paddings, dilations = (
-        (neutral,) * missing + given for neutral, given in zip((1, 0, 1), geometry, strict=True)
+    total, grads, inputs = (
+        t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]) for t in (total, grads, inputs)
     )
+    stride, padding, dilation = geometry
+    places = ((1,) * missing + stride, (0,) * missing + padding, (1,) * missing + dilation)
+    if chosen == "triton":
+        from ewc_fast._triton.convolution import add_squared_convolution_
+
+        add_squared_convolution_(total, grads, inputs, bias_total, places, groups)
+    else:
+        _by_kernel(total, grads, inputs, bias_total, places, groups)
+    _mark_written(total, bias_total)
+
+
+def _by_kernel(
+    total: Tensor,
+    grads: Tensor,
+    inputs: Tensor,
+    bias_total: Tensor | None,
+    places: tuple[tuple[int, ...], ...],
+    groups: int,
+) -> None:
+    depthwise = groups > 1 and grads.shape[1] == inputs.shape[1] == groups
     for rows, columns in _parts(groups, grads.shape[1], inputs.shape[1]):
         core.squared_convolution(
             reader,
-            deep[0][rows],
-            deep[1][:, rows],
-            deep[2][:, columns],
+            total[rows],
+            grads[:, rows],
+            inputs[:, columns],
             None if bias_total is None else bias_total[rows],
-            strides,
-            paddings,
-            dilations,
+            places[0],
+            places[1],
+            places[2],
             depthwise,
             torch.get_num_threads(),
         )
-    _mark_written(total, bias_total)
 
 
 def _way(total: Tensor, grads: Tensor) -> str:
@@ -224,7 +240,7 @@ def _samples_at_once(most_bytes: int, total: Tensor) -> int:
 
 def _implementation(impl: Impl, operation: str, total: Tensor) -> Impl:
     why_no_cuda = cuda_unavailable() if impl == "cuda" else None
-    why_no_triton = _WHY_NO_TRITON.get(operation) or _triton.unavailable(total.device.type)
+    why_no_triton = _triton.unavailable(total.device.type)
     return choose(impl, operation, total.device.type, True, why_no_cuda, why_no_triton)
 
 

@@ -189,6 +189,32 @@ def accumulate_squared_convolution_(
         bias_total.add_(g.sum(3).square().sum(0).flatten())
 
 
+@torch.no_grad()
+def accumulate_squared_rows_(
+    total: Tensor, indices: Tensor, values: Tensor, *, skipped_row: int
+) -> None:
+    """Add squared per-sample gradients of a table (V, *row), given those (N, T, D) of some rows."""
+    entries = len(total)
+    sample = torch.arange(len(indices), device=indices.device).unsqueeze(1)
+    keys, places = (sample * entries + indices).flatten().unique(return_inverse=True)
+    flat = values.flatten(0, 1).to(total.dtype)
+    sums = flat.new_zeros(len(keys), flat.shape[1]).index_add_(0, places, flat)
+    rows = keys % entries
+    squares = sums.square_().masked_fill_((rows == skipped_row).unsqueeze(1), 0)
+    total.index_add_(0, rows, squares.view(-1, *total.shape[1:]))
+
+
+@torch.no_grad()
+def accumulate_squared_sums_(
+    total: Tensor, grads: Tensor, factor: Tensor | None, *, bias_total: Tensor | None
+) -> None:
+    """Add squared sums over positions of grads (N, T, D) times a factor: total (D)."""
+    product = grads if factor is None else grads * factor
+    total.add_(product.sum(1, dtype=total.dtype).square().sum(0))
+    if bias_total is not None:
+        bias_total.add_(grads.sum(1, dtype=bias_total.dtype).square().sum(0))
+
+
 def random_bits(seed: int, element: Bits) -> Bits:
     """Return 32 bits that depend on the seed and the element alone (murmur3's finaliser).
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ewc_fast import functional, products
+from ewc_fast import functional, products, sums
 from ewc_fast._checks import state_dtype
+from ewc_fast.sums import Factor
 
 
 class PerSample(Protocol):
@@ -54,6 +55,40 @@ class Dense(Alone):
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of some samples."""
         gradients.add_(self.values[start : start + len(gradients)])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over positions of gradients (N, T, D) times a factor: of scales."""
+
+    grads: Tensor
+    factor: Factor
+    shape: torch.Size
+
+    @property
+    def values(self) -> Tensor:
+        """The gradients as they are, (N, *shape)."""
+        dtype = state_dtype(self.grads.dtype)
+        values = (self.grads * self.factor.computed()).sum(1, dtype=dtype)
+        return values.view(-1, *self.shape)
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add the sum over samples of the squares."""
+        if total.is_contiguous():
+            sums.add_squared_sums_(total.view(-1), self.grads, self.factor)
+        else:
+            Dense(self.values).add_squares(total)
+
+    def add_squares_with_bias(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Add those of the sums without the factor, too."""
+        if not total.is_contiguous():
+            return False
+        sums.add_squared_sums_(total.view(-1), self.grads, self.factor, bias_total)
+        return True
+
+    def add_to(self, gradients: Tensor, start: int) -> None:
+        """Add the gradients of some samples."""
+        Dense(self.values).add_to(gradients, start)
 
 
 @dataclass(frozen=True)
@@ -125,7 +160,7 @@ def joined(uses: Sequence[PerSample]) -> PerSample | None:
         left = torch.cat([outer.left for outer in outers], 1)
         right = torch.cat([outer.right for outer in outers], 1)
         return Outer(left, right, outers[0].gradient_is_left)
-    dense = [use.values for use in uses if isinstance(use, Dense)]
+    dense = [use.values for use in uses if isinstance(use, (Dense, Sums))]
     if len(dense) == len(uses):
         return Dense(torch.stack(dense).sum(0, dtype=state_dtype(dense[0].dtype)))
     return None
@@ -171,15 +206,11 @@ class Rows(Alone):
     indices: Tensor
     values: Tensor
     shape: tuple[int, ...]
+    skipped_row: int = -1  # whose entries do not count
 
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squares; repeated rows add up before."""
-        entries = self.shape[0]
-        sample = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
-        keys, places = (sample * entries + self.indices).flatten().unique(return_inverse=True)
-        values = self.values.flatten(0, 1).to(total.dtype)
-        sums = values.new_zeros(len(keys), values.shape[1]).index_add_(0, places, values)
-        total.index_add_(0, keys % entries, sums.square_().view(-1, *self.shape[1:]))
+        sums.add_squared_rows_(total, self.indices, self.values, self.skipped_row)
 
     def add_to(self, gradients: Tensor, start: int) -> None:
         """Add the gradients of some samples."""
@@ -187,7 +218,8 @@ class Rows(Alone):
         for gradient, rows, values in zip(
             gradients, self.indices[some], self.values[some].to(gradients.dtype), strict=True
         ):
-            gradient.index_add_(0, rows, values.view(-1, *self.shape[1:]))
+            kept = values.masked_fill((rows == self.skipped_row).unsqueeze(1), 0)
+            gradient.index_add_(0, rows, kept.view(-1, *self.shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ewc_fast.fisher.recorder.graph import Edge, Graph, kind_of
 from ewc_fast.fisher.recorder.layouts import Found, Regular, infer, scaled_by_sample
-from ewc_fast.fisher.recorder.rules import BIAS_PLACES
+from ewc_fast.fisher.recorder.rules import BIAS_PLACES, CHANNELS_SECOND
 from ewc_fast.fisher.recorder.stems import Stem, geometry, leads_to_views, only_views, shape_at
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED
 
@@ -213,9 +213,9 @@ def _use(
     regular = layout if isinstance(layout, Regular) else None
     shape = shape_at(graph, stem.edge)
     kind = (kind_of(graph.nodes[at]), place, len(shape))
-    # One number for each channel, the result's last dimension, or a convolution's second.
+    # One number for each channel, the result's last dimension, or its second.
     result = shape_at(graph, (at, 0))
-    channels = result[1 if kind[0] == "Convolution" else -1 :][:1]
+    channels = result[1 if kind[0] in CHANNELS_SECOND else -1 :][:1]
     is_bias = place == BIAS_PLACES.get(kind[0]) and shape == channels
     return Use(at, place, stem, shape, regular, is_bias, after_selection or regular is None, kind)
 

@@ -22,7 +22,7 @@ from ewc_fast.fisher.recorder.rules import (
 from ewc_fast.fisher.recorder.rules.operand import Operand
 from ewc_fast.fisher.recorder.rules.own_backward import by_its_own_backward
 
-__all__ = ["BIAS_PLACES", "RULES", "Operand", "by_its_own_backward", "by_rule"]
+__all__ = ["BIAS_PLACES", "CHANNELS_SECOND", "RULES", "Operand", "by_its_own_backward", "by_rule"]
 
 Rule = Callable[[Operand], PerSample | None]
 
@@ -54,7 +54,17 @@ RULES: dict[str, Rule] = {
 
 
 # Which operand's gradient is the sum of the result's over its positions.
-BIAS_PLACES = {"Addmm": 0, "Convolution": 2, "HiddenTap": 1}
+BIAS_PLACES = {
+    "Addmm": 0,
+    "Convolution": 2,
+    "HiddenTap": 1,
+    "NativeLayerNorm": 2,
+    "NativeGroupNorm": 2,
+    "NativeBatchNorm": 2,
+}
+
+# Operations whose channels, one for each number of the bias, are the result's second dimension.
+CHANNELS_SECOND = {"Convolution", "NativeGroupNorm", "NativeBatchNorm"}
 
 
 def by_rule(use: Operand) -> PerSample | None:

@@ -19,7 +19,12 @@ def sub(use: Operand) -> PerSample | None:
 def mul(use: Operand) -> PerSample | None:
     """Z = A * B."""
     other = use.node._saved_other if use.place == 0 else use.node._saved_self
-    return None if other is None else use.reduced(use.grad * other)
+    if other is None:
+        return None
+    own = use.grad.dim() - len(use.shape)
+    if 0 < own < use.grad.dim() and use.grad.shape[own:] == use.shape:
+        return use.scale(other.expand_as(use.grad))
+    return use.reduced(use.grad * other)
 
 
 def expand(use: Operand) -> PerSample | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ewc_fast._checks import state_dtype
 from ewc_fast.fisher.recorder.layouts import Layout
-from ewc_fast.fisher.recorder.per_sample import Dense, PerSample
+from ewc_fast.fisher.recorder.per_sample import Dense, PerSample, Sums
+from ewc_fast.sums import Factor
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,38 @@ class Operand:
     def per_channel(self, unreduced: Tensor) -> PerSample | None:
         """Sum a gradient of the result's shape (samples, channels, ...) to the channels'."""
         return self.reduced(unreduced, (*self.shape, *[1] * (unreduced.dim() - 2)))
+
+    def scale(
+        self, inputs: Tensor, mean: Tensor | None = None, scale: Tensor | None = None
+    ) -> PerSample | None:
+        """Sum the gradient times (inputs - mean) scale to the last dimensions, an operand's."""
+        own = self.grad.dim() - len(self.shape)
+        if self.dim >= own:
+            return None
+        grads, values, means, scales = (
+            None if t is None else self.rows(t.flatten(own))
+            for t in (self.grad, inputs, mean, scale)
+        )
+        assert grads is not None
+        assert values is not None
+        return Sums(grads, Factor(values, means, scales), self.shape)
+
+    def scale_of_channels(self, inputs: Tensor, mean: Tensor, scale: Tensor) -> PerSample | None:
+        """Do so to the channels', given (images, channels) of means and scales."""
+        if self.dim != 0:
+            return None
+        grads, values, means, scales = (
+            self.layout.by_sample(t) for t in (self.grad, inputs, mean, scale)
+        )
+        if grads.shape[1:3] == (1, 1):  # an image a sample: positions come last
+            grads, values, means, scales = (
+                t.flatten(0, 2).unsqueeze(-1).flatten(2).transpose(1, 2)
+                for t in (grads, values, means, scales)
+            )
+            return Sums(grads, Factor(values, means, scales), self.shape)
+        behind = [1] * (inputs.dim() - 2)
+        mean, scale = (t.view(*t.shape, *behind) for t in (mean, scale))
+        return self.per_channel(Factor(inputs, mean, scale).computed() * self.grad)
 
 
 def times(grad: Tensor, factor: float) -> Tensor:

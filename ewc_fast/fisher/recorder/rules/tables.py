@@ -58,5 +58,4 @@ def _rows(use: Operand, indices: Tensor, padding_idx: int) -> PerSample | None:
         return None
     chosen = use.layout.by_sample(indices).flatten(1)
     values = use.layout.by_sample(use.grad.flatten(indices.dim())).flatten(1, -2)
-    values = values.masked_fill((chosen == padding_idx).unsqueeze(2), 0)
-    return Rows(chosen, values, tuple(use.shape))
+    return Rows(chosen, values, tuple(use.shape), padding_idx)
