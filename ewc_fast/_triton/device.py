@@ -11,9 +11,12 @@ PROGRAMS_A_MULTIPROCESSOR = 2
 """Two programs hide each other's waits; more shares would only be more to add up."""
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
+def current(device: torch.device | None) -> AbstractContextManager[Any]:
     """Make a tensor's device the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device is None or device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(device.type).device(device)
+    return context
 
 
 def programs_for(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ewc_fast._triton import kernels
+from ewc_fast._triton.device import current
 from ewc_fast._triton.table import OPERANDS, Launch, Table
 
 _FACTORS = {"add_penalty_grad_": 0.5, "penalty": 0.5, "merge_": 1.0}
@@ -43,7 +43,7 @@ def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tens
             torch.empty(shape, dtype=torch.float64, device=table.device)
             for shape in ((table.chunks,), ())
         )
-    with _current(table.device):
+    with current(table.device):
         for launch in table.launches:
             _start(operation, table, launch, partial, (coefficient, seed))
         if value is not None:
@@ -82,11 +82,3 @@ def constants(operation: str, launch: Launch) -> dict[str, Any]:
         "BLOCK": 512 if wide else 1024,  # 4 or 8 elements a thread
         **{f"D{i}": dtype for i, dtype in enumerate(dtypes)},
     }
-
-
-def _current(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Make the device current, which is where Triton launches."""
-    if device is None or device.type == "cpu":
-        return nullcontext()
-    context: AbstractContextManager[Any] = torch.get_device_module(device.type).device(device)
-    return context

@@ -9,14 +9,13 @@ factors lose (:data:`.product_plan.Precision`); F by sum_n (2 |sum_t g a| e + e^
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ewc_fast._triton import interpreted
+from ewc_fast._triton.device import current
 from ewc_fast._triton.product_kernels import add_splits_kernel, squared_product_kernel
 from ewc_fast._triton.product_plan import (
     Operand,
@@ -126,7 +125,7 @@ def _launch(
     ragged: tuple[Tensor | None, Tensor | None],
 ) -> None:
     """Add to the totals where each tile has one program; otherwise leave room for every split."""
-    with _current(total.device):
+    with current(total.device):
         if layout.split.count == 1:
             _launch_product(total, bias_total, 0, product, layout, ragged)
             return
@@ -197,8 +196,3 @@ def _ragged_steps(offsets: Tensor, rows: int, layout: Plan) -> tuple[Tensor, Ten
     cuts = torch.arange(splits.count + 1, device=offsets.device) * share
     bounds = torch.cat([ends.new_zeros(1), ends])[cuts.clamp_(max=len(lengths))]
     return table, bounds.int()
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a tensor's device the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
