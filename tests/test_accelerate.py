@@ -13,9 +13,9 @@ from ewc_fast import EWC, EWCOptimizer
 
 pytest.importorskip("accelerate")
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 
 
 @pytest.fixture
@@ -111,5 +111,5 @@ def test_an_ewc_of_another_model_is_not_loaded(accelerator, tmp_path):
     accelerator.register_for_checkpointing(ewc)
     accelerator.save_state(str(tmp_path))
     ewc.track(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="0.weight"):
+    with pytest.raises(ValueError, match=r"0\.weight"):
         accelerator.load_state(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Avalanche's plugin beside Avalanche's own: equal where theirs is exact, and one penalty in all."""
+"""The plugin beside Avalanche's own: equal where theirs is exact, and one penalty in all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from training import same
 
 from ewc_fast import EWC
 
-try:
-    from avalanche import training
-    from avalanche.benchmarks import tensors_benchmark
-    from avalanche.models import IncrementalClassifier, MultiTaskModule
-except (ImportError, RuntimeError) as why:  # RuntimeError: torchvision of another PyTorch
-    pytest.skip(f"needs avalanche-lib: {why}", allow_module_level=True)
+pytest.importorskip("avalanche")
+
+from avalanche import training
+from avalanche.benchmarks import tensors_benchmark
+from avalanche.models import IncrementalClassifier, MultiTaskModule
 
 from ewc_fast.integrations.avalanche import EWCPlugin
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ewc_fast import EWC, EWCOptimizer
@@ -30,7 +29,7 @@ class EWCCallback(Callback):
     :class:`~ewc_fast.EWCOptimizer`; this callback then leaves the penalty to it.
 
     Fisher and anchor are in Lightning's checkpoints, as this callback's state. ``"ewc_penalty"`` is
-    logged for every step.
+    logged every ``log_every_n_steps``.
 
     Parameters
     ----------
@@ -67,7 +66,6 @@ class EWCCallback(Callback):
     ) -> None:
         self.ewc, self.at_end, self.batches = ewc, at_end, batches
         self.fisher_options = fisher_options
-        self._penalty: Tensor | None = None
 
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Follow the module to its device; refuse what could not be right."""
@@ -88,13 +86,14 @@ class EWCCallback(Callback):
         self, trainer: LightningTrainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the penalty's gradient, unless the optimizer does."""
-        wrapped = isinstance(optimizer, EWCOptimizer)
-        self._penalty = None if wrapped else self.ewc.add_penalty_grad_()
+        if not isinstance(optimizer, EWCOptimizer):
+            self.ewc.add_penalty_grad_()
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Log the penalty."""
-        value = self.ewc.penalty().detach() if self._penalty is None else self._penalty
-        self.log("ewc_penalty", value.float())
+    def on_train_batch_end(self, trainer: LightningTrainer, *args: Any, **kwargs: Any) -> None:
+        """Log the penalty where Lightning writes to its logger."""
+        every = trainer.log_every_n_steps
+        if every and trainer.global_step % every == 0:
+            self.log("ewc_penalty", self.ewc.penalty().detach().float())
 
     def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Consolidate the finished task."""
