@@ -155,3 +155,22 @@ def test_an_optimizer_built_from_the_model_is_refused(monkeypatch, tmp_path):
     )
     with pytest.raises(ValueError, match="optimizers=\\(EWCOptimizer"):
         ewc_optimizer(EWC(mlp(), ewc_lambda=1.0), arguments(tmp_path))
+
+
+def test_a_language_models_task_is_consolidated(tmp_path):
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, **sizes))
+    ewc = EWC(model, ewc_lambda=30.0)
+    texts = [torch.randint(50, (12,)) for _ in range(16)]
+    args = arguments(tmp_path, bf16=True, gradient_accumulation_steps=2)
+    callback = EWCCallback(ewc, likelihood="causal_lm", estimator="sampled", max_samples=8)
+    for _ in range(2):
+        Trainer(
+            model,
+            args,
+            train_dataset=[{"input_ids": text, "labels": text} for text in texts],
+            callbacks=[callback],
+            optimizer_cls_and_kwargs=ewc_optimizer(ewc, args),
+        ).train()
+    assert ewc.tasks == 2
+    assert all(fisher.any() for fisher in ewc.fisher.values())

@@ -47,9 +47,8 @@ class EWCPlugin(SupervisedPlugin):
 
     Examples
     --------
-    >>> strategy = Naive(  # doctest: +SKIP
-    ...     model=model, optimizer=optimizer, plugins=[EWCPlugin(ewc_lambda=400.0)]
-    ... )
+    >>> plugins = [EWCPlugin(ewc_lambda=400.0)]
+    >>> strategy = Naive(model=model, optimizer=optimizer, plugins=plugins)  # doctest: +SKIP
     """
 
     def __init__(

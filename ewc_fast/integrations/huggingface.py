@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ewc_fast import EWC, EWCOptimizer
 
@@ -49,10 +49,8 @@ def ewc_optimizer(
 
     Examples
     --------
-    >>> trainer = Trainer(  # doctest: +SKIP
-    ...     model, args, train_dataset=data, callbacks=[EWCCallback(ewc)],
-    ...     optimizer_cls_and_kwargs=ewc_optimizer(ewc, args),
-    ... )
+    >>> Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)],
+    ...         optimizer_cls_and_kwargs=ewc_optimizer(ewc, args)).train()  # doctest: +SKIP
     """
     inner, options = Trainer.get_optimizer_cls_and_kwargs(args)
     if not (isinstance(inner, type) and issubclass(inner, Optimizer)):
@@ -67,9 +65,8 @@ class EWCCallback(TrainerCallback):
     """Consolidates when a Trainer's training ends, and logs the penalty as ``"ewc_penalty"``.
 
     The optimizer applies the penalty, see :func:`ewc_optimizer`; this does not. Consolidation comes
-    after the Trainer's last checkpoint: save ``ewc.state_dict()`` to keep it by itself. The penalty
-    is put into ``state.log_history`` and shown by callbacks after this one; those that report to
-    other services come before it.
+    after the Trainer's last checkpoint: save ``ewc.state_dict()`` to keep it by itself. Callbacks
+    before this one, those that report to other services, do not see the penalty.
 
     Parameters
     ----------
@@ -85,8 +82,7 @@ class EWCCallback(TrainerCallback):
     Raises
     ------
     ValueError
-        When training begins in several processes, each with its share of the batches, and
-        ``batches`` does not give every one of them the same.
+        When training begins in several processes, without ``batches`` that are the same on all.
     """
 
     def __init__(
@@ -100,9 +96,7 @@ class EWCCallback(TrainerCallback):
         self.ewc, self.at_end, self.batches = ewc, at_end, batches
         self.fisher_options = fisher_options
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Refuse what would end in a different Fisher on every process."""
         if self.at_end and self.batches is None and args.world_size > 1:
             raise ValueError(
@@ -110,14 +104,15 @@ class EWCCallback(TrainerCallback):
                 "would get a Fisher of its own; pass batches=, the same on every process"
             )
 
-    def on_log(self, *args: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(
+        self, _: Any, state: TrainerState, *__: Any, logs: dict[str, float], **___: Any
+    ) -> None:
         """Add the penalty to what is logged of the training."""
-        state: TrainerState = args[1]
         if "loss" in logs:
             logs["ewc_penalty"] = self.ewc.penalty().item()
             state.log_history[-1]["ewc_penalty"] = logs["ewc_penalty"]
 
-    def on_train_end(self, *args: Any, train_dataloader: Iterable[Any], **_: Any) -> None:
+    def on_train_end(self, *_: Any, train_dataloader: Iterable[Any], **__: Any) -> None:
         """Consolidate the finished task."""
         if self.at_end:
             batches = train_dataloader if self.batches is None else self.batches
