@@ -1,7 +1,7 @@
 """Accuracy against lambda over six decades, for both modes of ``EWCOptimizer``.
 
 Two tasks of permuted MNIST (the demo's images, network and training): learn A, consolidate, learn B
-under the penalty, and take the mean test accuracy on both. ``mode="gradient"`` diverges once
+under the penalty, and take the mean test accuracy on both; once without a penalty, to compare. ``mode="gradient"`` diverges once
 lr * lambda * max(F) > 2; ``mode="proximal"`` can't, and for large lambda only stops learning where
 task A needs a parameter. Writes ``benchmarks/results/lambda/permuted_mnist.json`` and a plot beside
 it (extra ``demo``).
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from harness import ROOT, environment
@@ -26,6 +27,7 @@ from ewc_fast.demo.permuted import Method, Protocol, exact_fisher, learn
 Mode = Literal["gradient", "proximal"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 TASKS = 2
+WITHOUT = 0.0  # lambda: both modes are the same then, so that one is enough
 COLOURS = {"gradient": "#d55e00", "proximal": "#0072b2"}
 
 
@@ -58,7 +60,7 @@ class Run:
     @property
     def mean(self) -> float:
         """The mean over the tasks."""
-        return sum(self.accuracies) / len(self.accuracies)
+        return statistics.mean(self.accuracies)
 
 
 def runs(sweep: Sweep) -> Iterator[Run]:
@@ -66,7 +68,7 @@ def runs(sweep: Sweep) -> Iterator[Run]:
     images = mnist.five_thousand().at_most(train=sweep.train, test=sweep.test)
     protocol = Protocol((), width=sweep.width, epochs=sweep.epochs, margin=0.0)
     for mode in MODES:
-        for ewc_lambda in sweep.lambdas:
+        for ewc_lambda in (WITHOUT, *sweep.lambdas) if mode == MODES[0] else sweep.lambdas:
             method = Method(
                 mode, lr=sweep.lr, remember=exact_fisher, ewc_lambda=ewc_lambda, mode=mode
             )
@@ -90,7 +92,7 @@ def table(found: list[Run]) -> str:
     of_mode = {mode: means(found, mode) for mode in MODES}
     lines = [f"{'lambda':>8}" + "".join(f"{mode:>10}" for mode in MODES)]
     for ewc_lambda in of_mode[MODES[0]]:
-        cells = [sum(each) / len(each) for each in (of_mode[m][ewc_lambda] for m in MODES)]
+        cells = [statistics.mean(of[ewc_lambda]) for of in of_mode.values() if ewc_lambda in of]
         lines.append(f"{ewc_lambda:8g}" + "".join(f"{cell:9.1f}%" for cell in cells))
     return "\n".join(lines)
 
@@ -105,12 +107,14 @@ def plot(found: list[Run], sweep: Sweep, to: Path) -> None:
     panel = figure.subplots()
     for mode in MODES:
         of_mode = means(found, mode)
-        line = [sum(each) / len(each) for each in of_mode.values()]
+        without = of_mode.pop(WITHOUT, None)
+        if without is not None:
+            _level(panel, sweep, statistics.mean(without), "without a penalty")
+        line = [statistics.mean(each) for each in of_mode.values()]
         panel.plot([*of_mode], line, color=COLOURS[mode], lw=1.8, label=f'mode="{mode}"')
         for ewc_lambda, each in of_mode.items():
             panel.plot([ewc_lambda] * len(each), each, "o", color=COLOURS[mode], ms=4, alpha=0.7)
-    panel.axhline(100 / mnist.CLASSES, color="#999999", lw=0.8, linestyle="--")
-    panel.annotate("chance", (sweep.lambdas[0], 100 / mnist.CLASSES + 1.5), color="#666666")
+    _level(panel, sweep, 100 / mnist.CLASSES, "chance")
     panel.set_xscale("log")
     panel.set_ylim(0, 100)
     panel.set_xlabel(f"lambda (SGD, learning rate {sweep.lr:g}; dots: {sweep.seeds} seeds)")
@@ -120,6 +124,11 @@ def plot(found: list[Run], sweep: Sweep, to: Path) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, loc="center left")
     figure.savefig(to, dpi=160)
+
+
+def _level(panel: Any, sweep: Sweep, accuracy: float, name: str) -> None:
+    panel.axhline(accuracy, color="#999999", lw=0.8, linestyle="--")
+    panel.annotate(name, (sweep.lambdas[0], accuracy - 4.5), color="#666666")
 
 
 def run(sweep: Sweep, folder: Path) -> list[Run]:

@@ -19,5 +19,5 @@ def test_the_proximal_mode_holds_where_the_gradient_collapses(tmp_path):
     assert gradient < 2 * chance
     assert proximal > 4 * chance
     record = json.loads((tmp_path / "permuted_mnist.json").read_text())
-    assert len(record["runs"]) == 2 * len(lambda_sweep.QUICK.lambdas)
+    assert len(record["runs"]) == 1 + 2 * len(lambda_sweep.QUICK.lambdas)
     assert (tmp_path / "permuted_mnist.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import u
 from torch import Tensor, nn
 
@@ -56,6 +57,18 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).tanh())
 
 
+class Applied(nn.Module):
+    """A function of the input and of parameters of some shapes."""
+
+    def __init__(self, function, *shapes):
+        super().__init__()
+        self.function = function
+        self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, x):
+        return self.function(x, *self.weights)
+
+
 def words():
     return torch.tensor([[1, 2, 1, 0], [3, 3, 3, 3], [8, 1, 0, 2], [4, 5, 6, 7], [2, 2, 0, 0]])
 
@@ -83,6 +96,31 @@ MODELS = {
         lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True),
         (5, 3, 8),
     ),
+    "matmul_of_a_transpose": (lambda: Applied(lambda x, w: x @ w.t(), (4, 6)), (5, 3, 6)),
+    "weight_of_parts": (
+        lambda: Applied(lambda x, a, b: x @ torch.cat([a, b], 1).tanh(), (6, 2), (6, 3)),
+        (5, 6),
+    ),
+    "weight_put_together": (
+        lambda: Applied(lambda x, a, b: F.linear(x, torch.cat([a, b])), (2, 6), (3, 6)),
+        (5, 6),
+    ),
+    "two_slices": (lambda: Applied(lambda x, w: x @ w[:, :3] + x @ w[:, 2:], (6, 5)), (5, 6)),
+    "experts": (
+        lambda: Applied(lambda x, w: torch.einsum("nei,eio->neo", x, w), (3, 6, 4)),
+        (5, 3, 6),
+    ),
+    "position_embedding": (
+        lambda: Applied(lambda x, e, s: (x + e).tanh() * s, (3, 6), (6,)),
+        (5, 3, 6),
+    ),
+    "several_images_a_sample": (
+        lambda: Applied(
+            lambda x, w: F.conv2d(x.flatten(0, 1), w).unflatten(0, (-1, 3)), (4, 2, 3, 3)
+        ),
+        (5, 3, 2, 5, 5),
+    ),
+    "rows_by_index": (lambda: Applied(lambda x, w: w[x].tanh(), (9, 5)), None),
     "embedding": (lambda: nn.Embedding(9, 5, padding_idx=0), None),
     "embedding_bag": (lambda: nn.EmbeddingBag(9, 5, mode="mean"), None),
     "tied_table": (Tied, None),

@@ -302,3 +302,14 @@ def test_parameters_by_name_are_enough():
     optimizer.step()
     ewc.consolidate()
     assert ewc.tasks == 1
+
+
+def test_sparse_gradients_are_refused_by_name():
+    model = nn.Embedding(5, 3, sparse=True)
+    ewc = EWC(model, ewc_lambda=1.0, importance="si")
+    optimizer = EWCOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ewc)
+    before = model.weight.detach().clone()
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradient of parameter 'weight': expected a dense tensor"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)

@@ -139,9 +139,14 @@ class ActivePath:
     def begin(self) -> None:
         """Keep parameters and gradients as they are now; without gradient there is no way."""
         self.end()
-        moving = [(name, param) for name, param in self._params if param.grad is not None]
-        for name, param in moving:
-            _checks.kind(f"gradient of parameter {name!r}", param.grad)
+        moving, gradients = [], []
+        for name, param in self._params:
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                _checks.kind(f"gradient of parameter {name!r}", param.grad)  # raises
+            moving.append((name, param))
+            gradients.append(param.grad)
             if name not in self._paths.paths:
                 self._paths.paths[name] = Path.from_here(param)
             if name not in self._places:
@@ -150,7 +155,6 @@ class ActivePath:
                     torch.empty_like(like) for _ in range(2)
                 )
         if moving:
-            gradients = [param.grad for _, param in moving if param.grad is not None]
             torch._foreach_copy_(_of(self._places, moving), [param for _, param in moving])
             torch._foreach_copy_(_of(self._gradients, moving), gradients)
         self._moving = moving
