@@ -1,10 +1,10 @@
 """Accuracy against lambda over six decades, for both modes of ``EWCOptimizer``.
 
 Two tasks of permuted MNIST (the demo's images, network and training): learn A, consolidate, learn B
-under the penalty, and take the mean test accuracy on both; once without a penalty, to compare. ``mode="gradient"`` diverges once
-lr * lambda * max(F) > 2; ``mode="proximal"`` can't, and for large lambda only stops learning where
-task A needs a parameter. Writes ``benchmarks/results/lambda/permuted_mnist.json`` and a plot beside
-it (extra ``demo``).
+under the penalty, and take the mean test accuracy on both; once without a penalty, to compare.
+``mode="gradient"`` diverges once lr * lambda * max(F) > 2; ``mode="proximal"`` can't, and for large
+lambda only stops learning where task A needs a parameter. Writes
+``benchmarks/results/lambda/permuted_mnist.json`` and a plot beside it (extra ``demo``).
 """
 
 from __future__ import annotations

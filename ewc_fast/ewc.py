@@ -411,7 +411,7 @@ class EWC:
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Raise what :meth:`load_state_dict` would raise, and change nothing."""
         _checks.ewc_state(state, self._params, strict=strict, newest=FORMAT)
-        _checks.state_importance(state, self._importance, self._params)
+        _checks.state_importance(state, self._importance, self._params, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": None}

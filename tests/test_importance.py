@@ -111,6 +111,10 @@ SPOILED = {
         lambda s: s["start"].pop("2.bias"),
         "state: truncated, omega and start name different parameters",
     ),
+    "another_model": (
+        lambda s: (s["omega"].update(x=torch.ones(1)), s["start"].update(x=torch.ones(1))),
+        "state: of another model, this one has no parameter 'x', whose path it holds",
+    ),
     "another_shape": (
         lambda s: s["omega"].update({"2.bias": torch.ones(9)}),
         r"state\['omega'\]\['2.bias'\]: expected shape \(6,\).*got \(9,\)",

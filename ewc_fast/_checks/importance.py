@@ -13,7 +13,7 @@ IMPORTANCES = ("fisher", "mas", "si", "l2")
 
 
 def state_importance(
-    state: Mapping[str, Any], importance: str, params: Mapping[str, Tensor]
+    state: Mapping[str, Any], importance: str, params: Mapping[str, Tensor], *, strict: bool
 ) -> None:
     """Raise unless a saved state holds this importance, and its paths if it is SI's."""
     found = state.get("importance", "fisher")  # states from before there were others
@@ -29,6 +29,12 @@ def state_importance(
             raise ValueError(f"state: truncated, it lacks {field!r} of the path so far")
     if set(state["omega"]) != set(state["start"]):
         raise ValueError("state: truncated, omega and start name different parameters")
+    unknown = sorted(set(state["omega"]) - set(params))
+    if unknown and strict:
+        raise ValueError(
+            f"state: of another model, this one has no parameter {unknown[0]!r}, whose path it "
+            "holds; pass strict=False to keep it for later"
+        )
     for field in ("omega", "start"):
         for name in set(state[field]) & set(params):
             tensor = state[field][name]
