@@ -115,7 +115,7 @@ class EWCOptimizer(Optimizer):
         super().__setstate__(state)
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
-        self._path: ActivePath | None = None
+        self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
         self.last_penalty: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,8 +174,9 @@ class EWCOptimizer(Optimizer):
         if self.mode == "proximal":
             for group, springs in zip(self.param_groups, self._current_springs(), strict=True):
                 springs.proximal_step_(self.ewc.ewc_lambda, float(group["lr"]))
-        if self._path is not None:
-            self._path.end()
+        path = self._current_path()
+        if path is not None:
+            path.end()
         return result
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -195,9 +196,9 @@ class EWCOptimizer(Optimizer):
 
     def _gradients_are_there(self) -> Tensor | None:
         """Begin the task's paths, and add the penalty to the gradients if that is the mode."""
-        self._current_springs()
-        if self._path is not None:
-            self._path.begin()
+        path = self._current_path()
+        if path is not None:
+            path.begin()
         return self._add_penalty_grad_() if self.mode == "gradient" else None
 
     def _add_penalty_grad_(self) -> Tensor:
@@ -217,9 +218,19 @@ class EWCOptimizer(Optimizer):
             together = [[param for params in groups for param in params]]
             chosen = groups if self.mode == "proximal" else together
             self._springs = [self.ewc.springs_of(params) for params in chosen]
-            self._path = self.ewc.path_of(together[0])
             self._built_for = now
         return self._springs
+
+    def _current_path(self) -> ActivePath | None:
+        """Return what accumulates the path integral, if this EWC measures that."""
+        if self.ewc.importance != "si":
+            return None
+        groups = [group["params"] for group in self.param_groups]
+        now = (self.ewc.version, *map(len, groups))
+        if now != self._path[0]:
+            params = [param for params in groups for param in params]
+            self._path = now, self.ewc.path_of(params)
+        return self._path[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state with the EWC's under the key ``"ewc"``."""

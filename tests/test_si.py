@@ -294,6 +294,29 @@ def test_it_needs_steps_of_the_wrapper():
         ewc.consolidate()
 
 
+def test_optimizers_that_share_an_ewc_accumulate_each_its_own():
+    torch.manual_seed(0)
+    model = mlp().double()
+    ewc = EWC(model, ewc_lambda=1.0, importance="si")
+    first, *others = model.parameters()
+    optimizers = [
+        EWCOptimizer(torch.optim.SGD([first], lr=0.1), ewc),
+        EWCOptimizer(torch.optim.Adam(others, lr=1e-2), ewc),
+    ]
+    expected = ByDefinition(model)
+    for _ in range(5):
+        data, before = batch(model), expected.now()
+        gradients = task_gradients(model, data)
+        model.zero_grad()
+        loss(model, data).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        expected.add(gradients, before)
+    ewc.consolidate()
+    expected.end_task()
+    assert close(ewc.fisher, expected.total, torch.float64)
+
+
 def test_parameters_by_name_are_enough():
     model = mlp()
     ewc = EWC(model.named_parameters(), ewc_lambda=1.0, importance="si")
