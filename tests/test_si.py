@@ -336,3 +336,32 @@ def test_sparse_gradients_are_refused_by_name():
     with pytest.raises(TypeError, match=r"gradient of parameter 'weight': expected a dense tensor"):
         optimizer.step()
     assert torch.equal(model.weight, before)
+
+
+def test_paths_can_be_part_of_a_compiled_step():
+    def omegas(compiled):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(5)) for _ in range(3)]
+        pairs = [(str(n), p) for n, p in enumerate(params)]
+        ewc = EWC(pairs, ewc_lambda=1.0, importance="si")
+        path = ewc.path_of(params)
+
+        def step():
+            path.begin()
+            with torch.no_grad():
+                for p in params:
+                    p.sub_(0.1 * p.grad)
+            path.end()
+
+        if compiled:
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(5)
+            step()
+        return ewc.state_dict()["omega"]
+
+    found, expected = omegas(True), omegas(False)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-6, atol=0)

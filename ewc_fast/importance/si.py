@@ -136,40 +136,39 @@ class ActivePath:
         self._places: dict[str, Tensor] = {}  # copies, used again each step
         self._gradients: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def begin(self) -> None:
         """Keep parameters and gradients as they are now; without gradient there is no way."""
         self.end()
-        moving, gradients = [], []
-        for name, param in self._params:
-            if param.grad is None:
-                continue
-            if param.grad.layout != torch.strided:
-                _checks.kind(f"gradient of parameter {name!r}", param.grad)  # raises
-            moving.append((name, param))
-            gradients.append(param.grad)
-            if name not in self._paths.paths:
-                self._paths.paths[name] = Path.from_here(param)
-            if name not in self._places:
-                like = self._paths.paths[name].omega
-                self._places[name], self._gradients[name] = (
-                    torch.empty_like(like) for _ in range(2)
-                )
-        if moving:
-            torch._foreach_copy_(_of(self._places, moving), [param for _, param in moving])
-            torch._foreach_copy_(_of(self._gradients, moving), gradients)
+        moving = [(name, param) for name, param in self._params if param.grad is not None]
+        with torch.no_grad():  # not a decorator: compiled code can't call a decorated method
+            for name, param in moving:
+                self._make_room(name, param)
+            if moving:
+                gradients = [param.grad for _, param in moving if param.grad is not None]
+                torch._foreach_copy_(_of(self._places, moving), [param for _, param in moving])
+                torch._foreach_copy_(_of(self._gradients, moving), gradients)
         self._moving = moving
 
-    @torch.no_grad()
     def end(self) -> None:
         r"""Add :math:`-g \, \delta\theta` since :meth:`begin`; nothing if there was none."""
         if not self._moving:
             return
         back = _of(self._places, self._moving)
-        torch._foreach_sub_(back, [param for _, param in self._moving])
         omegas = [self._paths.paths[name].omega for name, _ in self._moving]
-        torch._foreach_addcmul_(omegas, back, _of(self._gradients, self._moving))
+        with torch.no_grad():
+            torch._foreach_sub_(back, [param for _, param in self._moving])
+            torch._foreach_addcmul_(omegas, back, _of(self._gradients, self._moving))
         self._moving = []
+
+    def _make_room(self, name: str, param: Tensor) -> None:
+        if param.grad is not None and param.grad.layout != torch.strided:
+            _checks.kind(f"gradient of parameter {name!r}", param.grad)  # raises
+        if name not in self._paths.paths:
+            self._paths.paths[name] = Path.from_here(param)
+        if name not in self._places:
+            like = self._paths.paths[name].omega
+            self._places[name] = torch.empty_like(like)
+            self._gradients[name] = torch.empty_like(like)
 
 
 def _of(tensors: Mapping[str, Tensor], moving: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
