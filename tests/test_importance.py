@@ -12,10 +12,10 @@ from training import batch, loss, same, shift
 from ewc_fast import EWC, EWCOptimizer
 
 
-def trained(importance, tasks=1):
+def trained(importance, tasks=1, dtype=torch.float32):
     """Return a model, its EWC after some tasks, and its optimizer; all of one seed."""
     torch.manual_seed(0)
-    model = mlp()
+    model = mlp().to(dtype)
     ewc = EWC(model, ewc_lambda=2.0, importance=importance)
     optimizer = EWCOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ewc)
     for _ in range(tasks):
@@ -30,9 +30,11 @@ def trained(importance, tasks=1):
 KINDS = ["fisher", "mas", "si", "l2"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("importance", KINDS)
-def test_one_loop_serves_all(importance):
-    model, ewc, _ = trained(importance, tasks=2)
+def test_one_loop_serves_all(importance, dtype):
+    model, ewc, _ = trained(importance, tasks=2, dtype=dtype)
+    assert all(values.dtype == torch.float32 for values in ewc.fisher.values())
     assert ewc.importance == importance
     assert (f"importance={importance!r}" in repr(ewc)) == (importance != "fisher")
     shift(model)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ewc_fast._checks import state_dtype
+
 
 def uniform_importance(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    r"""Return an importance of 1 for every parameter that is not frozen, by name.
+    r"""Return an importance of 1 for every parameter that is not frozen, by name (float32, or float64).
 
     The baseline "L2" of Kirkpatrick et al. 2017 (figure 2A). With it the penalty after T tasks is
 
@@ -24,7 +26,7 @@ def uniform_importance(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     {'weight': tensor([[1., 1.]]), 'bias': tensor([1.])}
     """
     return {
-        name: torch.ones_like(param, requires_grad=False)
+        name: torch.ones_like(param, dtype=state_dtype(param.dtype), requires_grad=False)
         for name, param in params.items()
         if param.requires_grad
     }
