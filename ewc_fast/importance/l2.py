@@ -11,7 +11,7 @@ from ewc_fast._checks import state_dtype
 
 
 def uniform_importance(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    r"""Return an importance of 1 for every parameter that is not frozen, by name (float32, or float64).
+    r"""Return 1 for every parameter that is not frozen, by name, in float32 (or float64).
 
     The baseline "L2" of Kirkpatrick et al. 2017 (figure 2A). With it the penalty after T tasks is
 
