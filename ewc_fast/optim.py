@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ewc_fast import _checks
 from ewc_fast._springs import ActiveSprings
 from ewc_fast.ewc import EWC
+from ewc_fast.importance import ActivePath
 
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -40,6 +41,11 @@ class EWCOptimizer(Optimizer):
     the task's gradient alone, and the penalty is added whole. To clip the sum, call
     ``ewc.add_penalty_grad_()`` yourself, clip, and step the inner optimizer. ``GradScaler``
     unscales before the penalty is added, and a skipped step adds none.
+
+    With ``EWC(importance="si")`` each step adds to the path integral: the task's gradient as it is
+    when ``step()`` begins (clipped, say, but without the penalty) times the way that the parameters
+    then go (all of it: moments, decay and penalty). With a closure that is evaluated several times
+    a step, each evaluation's gradient counts for the way to the next.
 
     ``state_dict()`` is the inner optimizer's with one more key, ``"ewc"``: whatever saves the
     optimizer saves Fisher and anchor. Either can load the other's: a plain optimizer ignores the
@@ -109,6 +115,7 @@ class EWCOptimizer(Optimizer):
         super().__setstate__(state)
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
+        self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
         self.last_penalty: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,23 +170,36 @@ class EWCOptimizer(Optimizer):
 
         ``last_penalty`` then holds the penalty before the step (``mode="gradient"`` only).
         """
+        result = self._inner_step(closure)
         if self.mode == "proximal":
-            result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
             for group, springs in zip(self.param_groups, self._current_springs(), strict=True):
                 springs.proximal_step_(self.ewc.ewc_lambda, float(group["lr"]))
-            return result
-        if closure is None:
-            self._add_penalty_grad_()
-            return self.optimizer.step()
-        return self.optimizer.step(lambda: self._penalised(closure))
+        path = self._current_path()
+        if path is not None:
+            path.end()
+        return result
 
-    def _penalised(self, closure: Callable[[], Any]) -> Any:
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Step the inner optimizer; with ``mode="gradient"`` on gradients that have the penalty."""
+        if closure is not None:
+            return self.optimizer.step(lambda: self._evaluated(closure))
+        self._gradients_are_there()
+        return self.optimizer.step()
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
-        penalty = self._add_penalty_grad_()
-        if isinstance(loss, Tensor):
-            return loss + penalty.to(loss)
-        return None if loss is None else loss + penalty.item()
+        penalty = self._gradients_are_there()
+        if penalty is None or loss is None:
+            return loss
+        return loss + (penalty.to(loss) if isinstance(loss, Tensor) else penalty.item())
+
+    def _gradients_are_there(self) -> Tensor | None:
+        """Begin the task's paths, and add the penalty to the gradients if that is the mode."""
+        path = self._current_path()
+        if path is not None:
+            path.begin()
+        return self._add_penalty_grad_() if self.mode == "gradient" else None
 
     def _add_penalty_grad_(self) -> Tensor:
         (springs,) = self._current_springs()
@@ -200,6 +220,17 @@ class EWCOptimizer(Optimizer):
             self._springs = [self.ewc.springs_of(params) for params in chosen]
             self._built_for = now
         return self._springs
+
+    def _current_path(self) -> ActivePath | None:
+        """Return what accumulates the path integral, if this EWC measures that."""
+        if self.ewc.importance != "si":
+            return None
+        groups = [group["params"] for group in self.param_groups]
+        now = (self.ewc.version, *map(len, groups))
+        if now != self._path[0]:
+            params = [param for params in groups for param in params]
+            self._path = now, self.ewc.path_of(params)
+        return self._path[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state with the EWC's under the key ``"ewc"``."""

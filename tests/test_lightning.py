@@ -160,10 +160,11 @@ def test_the_penalty_is_logged(library, tmp_path):
     assert run.logged_metrics["ewc_penalty"] > 0.0
 
 
-@pytest.mark.parametrize("kind", ["two", "lbfgs"])
-def test_optimizers_that_need_the_wrapper_are_refused(library, tmp_path, kind):
-    network, ewc = after_a_task()
-    makes = {"two": lambda ps: [sgd(ps), sgd(ps)], "lbfgs": optim.LBFGS}
+@pytest.mark.parametrize("kind", ["two", "lbfgs", "si"])
+def test_what_needs_the_wrapper_is_refused_without(library, tmp_path, kind):
+    network = mlp()
+    ewc = EWC(network, ewc_lambda=30.0, importance="si" if kind == "si" else "fisher")
+    makes = {"two": lambda ps: [sgd(ps), sgd(ps)], "lbfgs": optim.LBFGS, "si": sgd}
     module = module_of(library, network, lambda params: makes[kind](list(params)))
     module.automatic_optimization = kind != "two"
     with pytest.raises(ValueError, match="EWCOptimizer"):

@@ -12,6 +12,7 @@ from ewc_fast._checks.arguments import (
     seed,
 )
 from ewc_fast._checks.flat import flattenable, like_parameters
+from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.operands import (
     Operand,
     Operation,
@@ -33,6 +34,7 @@ from ewc_fast._checks.parameters import (
 from ewc_fast._checks.products import squared_convolution, squared_product
 
 __all__ = [
+    "IMPORTANCES",
     "STATE_FIELDS",
     "Operand",
     "Operation",
@@ -56,5 +58,6 @@ __all__ = [
     "squared_convolution",
     "squared_product",
     "state_dtype",
+    "state_importance",
     "trainable_parameters",
 ]

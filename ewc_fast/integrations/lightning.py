@@ -25,8 +25,8 @@ class EWCCallback(Callback):
     The penalty's gradient is added when gradients are complete and, in mixed precision, unscaled;
     once per optimizer step, however many batches are accumulated. Lightning clips afterwards, so
     ``gradient_clip_val`` clips the sum. For the proximal form, for clipping the task's gradient
-    alone, for several optimizers and for LBFGS, let ``configure_optimizers`` return
-    :class:`~ewc_fast.EWCOptimizer`; this callback then leaves the penalty to it.
+    alone, for several optimizers, LBFGS and ``importance="si"``, let ``configure_optimizers``
+    return :class:`~ewc_fast.EWCOptimizer`; this callback then leaves the penalty to it.
 
     Fisher and anchor are in Lightning's checkpoints, as this callback's state. ``"ewc_penalty"`` is
     logged every ``log_every_n_steps``.
@@ -46,7 +46,7 @@ class EWCCallback(Callback):
     Raises
     ------
     ValueError
-        When a fit starts with several optimizers or LBFGS, not wrapped; or in several processes,
+        When a fit starts with one of the last three, not wrapped; or in several processes,
         each with its share of the batches, and ``batches`` does not give all of them the same.
 
     Examples
@@ -70,10 +70,12 @@ class EWCCallback(Callback):
     def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
         """Follow the module to its device; refuse what could not be right."""
         bare = [o for o in trainer.optimizers if not isinstance(o, EWCOptimizer)]
-        if bare and (len(trainer.optimizers) > 1 or isinstance(bare[0], LBFGS)):
+        in_steps = self.ewc.importance == "si"
+        if bare and (in_steps or len(trainer.optimizers) > 1 or isinstance(bare[0], LBFGS)):
             raise ValueError(
-                "optimizers: expected one, without line search; return EWCOptimizer(optimizer, "
-                "ewc) from configure_optimizers for each that holds parameters of ewc"
+                "optimizers: several, LBFGS, and importance='si' need more than gradients; return "
+                "EWCOptimizer(optimizer, ewc) from configure_optimizers for each that holds "
+                "parameters of ewc"
             )
         if self.at_end and self.batches is None and trainer.world_size > 1:
             raise ValueError(
