@@ -57,10 +57,7 @@ def adam_step_(
     """See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there."""
 
     def on_cpu(core_plan: Any) -> float:
-        value: float = core.adam_step(
-            core_plan, core.AdamOptions(*options), torch.get_num_threads()
-        )
-        return value
+        return core.adam_step(core_plan, core.AdamOptions(*options), torch.get_num_threads())
 
     reference = functools.partial(reference_steps.adam_step_, options)
     return _run(operation("adam_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)
@@ -75,8 +72,7 @@ def sgd_step_(
     """See :func:`ewc_fast.functional.sgd_step_`; ``lists`` holds the operands that are there."""
 
     def on_cpu(core_plan: Any) -> float:
-        value: float = core.sgd_step(core_plan, core.SgdOptions(*options), torch.get_num_threads())
-        return value
+        return core.sgd_step(core_plan, core.SgdOptions(*options), torch.get_num_threads())
 
     reference = functools.partial(reference_steps.sgd_step_, options)
     return _run(operation("sgd_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)

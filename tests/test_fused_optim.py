@@ -23,12 +23,17 @@ GRID = [
     pytest.param(
         AdamW, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}, id="adamw-amsgrad-maximize"
     ),
-    pytest.param(AdamW, {"lr": torch.tensor(2e-3), "weight_decay": 0.0}, id="adamw-tensor-lr"),
+    pytest.param(
+        AdamW,
+        {"lr": torch.tensor(2e-3, dtype=torch.float64), "weight_decay": 0.0},
+        id="adamw-tensor-lr",
+    ),
     pytest.param(SGD, {}, id="sgd"),
     pytest.param(SGD, {"momentum": 0.9, "weight_decay": 0.01}, id="sgd-momentum-decay"),
     pytest.param(SGD, {"momentum": 0.9, "dampening": 0.3, "maximize": True}, id="sgd-dampening"),
     pytest.param(SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, id="sgd-nesterov"),
 ]
+STEPS = 1000
 SHAPES = [(33, 7), (7,), (), (0,), (2, 3, 4, 5)]
 
 
@@ -78,13 +83,22 @@ def largest_gap(found, exact):
     return max(gaps)
 
 
+def assert_equal_but_for_rounding(optimizer, other, steps):
+    """Each float64 step may round four times more, in values as large as gradients or its own."""
+    found, wanted = tensors_of(optimizer), tensors_of(other)
+    for name, value in found.items():
+        scale = max(1.0, wanted[name].abs().max().item()) if value.numel() else 1.0
+        allowed = 4 * steps * torch.finfo(torch.float64).eps * scale
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=allowed, msg=name)
+
+
 @pytest.mark.parametrize(("kind", "options"), GRID)
 def test_without_ewc_a_thousand_steps_are_as_exact_as_pytorchs(kind, options):
     """Both are held to PyTorch's own optimizer in float64; ours may lose twice as much."""
     ours = kind(parameters(), **options)
     theirs = PAIRS[kind](parameters(), foreach=False, **options)
     exact = PAIRS[kind](parameters(torch.float64), foreach=False, **options)
-    for step in range(1000):
+    for step in range(STEPS):
         for optimizer in (ours, theirs, exact):
             params = optimizer.param_groups[0]["params"]
             set_gradients(params, step, torch.float32)
@@ -103,7 +117,7 @@ def test_float64_is_pytorchs_to_the_last_places(kind, options):
         for optimizer in (ours, theirs):
             set_gradients(optimizer.param_groups[0]["params"], step)
             optimizer.step()
-    assert largest_gap(tensors_of(ours), tensors_of(theirs)) <= 1e-13
+    assert_equal_but_for_rounding(ours, theirs, steps=100)
 
 
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
@@ -131,7 +145,7 @@ def test_with_ewc_it_is_pytorchs_optimizer_and_the_reference_penalty(kind, optio
             reference.proximal_step_(theirs, fisher, anchor, ewc_lambda=0.5, lr=lr)
         optimizer.step()
         torch.testing.assert_close(optimizer.last_penalty, value, rtol=1e-12, atol=0)
-    assert largest_gap(tensors_of(optimizer), tensors_of(inner)) <= 1e-13
+    assert_equal_but_for_rounding(optimizer, inner, steps=20)
 
 
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
@@ -140,9 +154,7 @@ def test_it_does_what_the_wrapper_does(kind, mode):
     """Whatever has no gradient, is frozen, or is not tracked by the EWC."""
     ours, theirs = parameters(torch.float64), parameters(torch.float64)
     fused = kind(ours, ewc=consolidated(ours[:4]), mode=mode)
-    wrapper = EWCOptimizer(
-        PAIRS[kind](theirs, foreach=False), consolidated(theirs[:4]), mode=mode
-    )
+    wrapper = EWCOptimizer(PAIRS[kind](theirs, foreach=False), consolidated(theirs[:4]), mode=mode)
     for step in range(5):
         for params, optimizer in ((ours, fused), (theirs, wrapper)):
             set_gradients(params, step)
@@ -252,7 +264,7 @@ def test_schedulers_groups_and_their_options_count():
             optimizer.step()
             for scheduler in schedulers:
                 scheduler.step()
-    assert largest_gap(tensors_of(runs[0][0]), tensors_of(runs[1][0])) <= 1e-13
+    assert_equal_but_for_rounding(runs[0][0], runs[1][0], steps=10)
 
 
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
@@ -389,7 +401,7 @@ def test_master_copies_follow_float32_training(kind, dtype):
 
 
 def test_rounding_by_chance_keeps_updates_that_nearest_loses():
-    """A thousand steps of 2^-12 from 1: bfloat16 has nothing between 1 and 1 + 2^-7."""
+    """Steps of 2^-12 from 1: bfloat16 has nothing between 1 and 1 + 2^-7."""
     results = {}
     for by_chance in (False, True):
         torch.manual_seed(0)
@@ -405,7 +417,7 @@ def test_rounding_by_chance_keeps_updates_that_nearest_loses():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "amsgrad"), itertools.product([torch.bfloat16, torch.float16], [False, True])
+    ("dtype", "amsgrad"), list(itertools.product([torch.bfloat16, torch.float16], [False, True]))
 )
 def test_half_precision_loses_no_more_than_pytorchs_fused_step(dtype, amsgrad):
     ours = Adam(parameters(dtype), lr=0.01, amsgrad=amsgrad)

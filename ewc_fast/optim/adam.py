@@ -57,12 +57,12 @@ class Adam(_AdamStep, torch.optim.Adam):
 
     ``mode="gradient"`` (default)
         :math:`g \mathrel{+}= \lambda F (\theta - a)` before anything else of the step: the paper's
-        form. The penalty goes through the moments, so that Adam's step is as long for a weak spring
-        as for a strong one; strength counts relative to the task's gradient.
+        form. The penalty goes through the moments, which divide its strength out again where it
+        is much larger than the task's gradient.
     ``mode="proximal"``
         :math:`\theta \leftarrow (\theta + \eta\lambda F a) / (1 + \eta\lambda F)` after the update,
-        with the group's learning rate :math:`\eta`, apart from the moments as decoupled weight decay
-        is: exact and stable for every strength.
+        with the group's learning rate :math:`\eta`, apart from the moments as decoupled weight
+        decay is: exact and stable for every strength.
 
     Clipping and ``GradScaler`` see the task's gradient alone, as with
     :class:`~ewc_fast.EWCOptimizer`; ``.grad`` stays the task's. ``maximize`` turns the task's

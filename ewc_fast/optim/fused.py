@@ -31,7 +31,7 @@ class Batch:
 
 
 class FusedOptimizer(Optimizer):
-    """Base of :class:`SGD`, :class:`Adam` and :class:`AdamW`, beside PyTorch's class of the name."""
+    """Base of :class:`SGD`, :class:`Adam`, :class:`AdamW`, beside PyTorch's class of that name."""
 
     ewc: EWC | None
     mode: Literal["gradient", "proximal"]
@@ -45,8 +45,8 @@ class FusedOptimizer(Optimizer):
         check_mode(mode)
         if master_weights and stochastic_rounding:
             raise ValueError(
-                "stochastic_rounding: expected False with master_weights=True, whose float32 copies "
-                "lose nothing that rounding by chance could save"
+                "stochastic_rounding: expected False with master_weights=True, whose float32 "
+                "copies lose nothing that rounding by chance could save"
             )
         self.__dict__.update(
             ewc=None,  # until there are parameters that it can be compared with
@@ -171,9 +171,7 @@ class FusedOptimizer(Optimizer):
         fisher, anchor = [fisher for fisher, _ in springs], [anchor for _, anchor in springs]
         strength = self.ewc.ewc_lambda
         value = functional.penalty(held, fisher, anchor, ewc_lambda=strength)
-        functional.proximal_step_(
-            held, fisher, anchor, ewc_lambda=strength, lr=float(group["lr"])
-        )
+        functional.proximal_step_(held, fisher, anchor, ewc_lambda=strength, lr=float(group["lr"]))
         for param, moved in zip(params, held, strict=True):
             if moved is not param:
                 param.copy_(moved)

@@ -16,8 +16,8 @@ from ewc_fast.optim.fused import Batch, FusedOptimizer
 class SGD(FusedOptimizer, torch.optim.SGD):
     r"""torch.optim.SGD with the EWC penalty inside: one pass over memory for all of a step.
 
-    A drop-in: the same arguments, defaults and state; checkpoints load both ways. ``ewc``, ``mode``,
-    ``master_weights`` and ``stochastic_rounding``, and the errors, are those of
+    A drop-in: the same arguments, defaults and state; checkpoints load both ways. ``ewc``,
+    ``mode``, ``master_weights`` and ``stochastic_rounding``, and the errors, are those of
     :class:`~ewc_fast.optim.Adam`. With ``mode="gradient"`` plain SGD diverges once
     :math:`\eta \lambda \max F > 2`; ``mode="proximal"`` is stable for every strength. Sparse
     gradients, which torch.optim.SGD takes, are refused.
@@ -51,9 +51,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         **torch_options: Any,
     ) -> None:
         self._configure(ewc, mode, master_weights, stochastic_rounding)
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, **torch_options
-        )
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **torch_options)
         self._take_up(ewc)
 
     def _begin(self, param: Tensor, group: dict[str, Any]) -> bool:
