@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,13 @@ _SHARED_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+@dataclass
+class _Trace:
+    """What a step leaves behind: apart, as compiled code sets no attributes of optimizers."""
+
+    penalty: Tensor | None = None
 
 
 class EWCOptimizer(Optimizer):
@@ -109,7 +117,7 @@ class EWCOptimizer(Optimizer):
         super().__setstate__(state)
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
-        self.last_penalty: Tensor | None = None
+        self._trace = _Trace()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "ewc": self.ewc, "mode": self.mode}
@@ -120,6 +128,11 @@ class EWCOptimizer(Optimizer):
         if name.startswith("_") or name in ("optimizer", "ewc", "mode"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.optimizer, name)
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """The penalty before the last step; None before the first, and in ``mode="proximal"``."""
+        return self._trace.penalty
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -166,7 +179,7 @@ class EWCOptimizer(Optimizer):
         if self.mode == "proximal":
             result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
             for group, springs in zip(self.param_groups, self._current_springs(), strict=True):
-                springs.proximal_step_(self.ewc.ewc_lambda, float(group["lr"]))
+                springs.proximal_step_(self.ewc.strength, group["lr"])
             return result
         if closure is None:
             self._add_penalty_grad_()
@@ -184,8 +197,9 @@ class EWCOptimizer(Optimizer):
     def _add_penalty_grad_(self) -> Tensor:
         (springs,) = self._current_springs()
         constant = self.ewc.constant_penalty
-        self.last_penalty = springs.add_penalty_grad_(self.ewc.ewc_lambda, constant)
-        return self.last_penalty
+        penalty = springs.add_penalty_grad_(self.ewc.strength, constant)
+        self._trace.penalty = penalty
+        return penalty
 
     def _current_springs(self) -> list[ActiveSprings]:
         """Return the springs, group by group where the learning rate matters.
@@ -193,13 +207,15 @@ class EWCOptimizer(Optimizer):
         They are looked up anew when the groups or the EWC have changed.
         """
         groups = [group["params"] for group in self.param_groups]
-        now = (self.ewc.version, *map(len, groups))
-        if now != self._built_for:
-            together = [[param for params in groups for param in params]]
-            chosen = groups if self.mode == "proximal" else together
-            self._springs = [self.ewc.springs_of(params) for params in chosen]
-            self._built_for = now
-        return self._springs
+        now, compiling = (self.ewc.version, *map(len, groups)), torch.compiler.is_compiling()
+        if now == self._built_for and not compiling:
+            return self._springs
+        together = [[param for params in groups for param in params]]
+        chosen = groups if self.mode == "proximal" else together
+        springs = [self.ewc.springs_of(params) for params in chosen]
+        if not compiling:  # see EWC._active
+            self._springs, self._built_for = springs, now
+        return springs
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state with the EWC's under the key ``"ewc"``."""

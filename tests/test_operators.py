@@ -25,13 +25,17 @@ def half(fisher):
     return [f.bfloat16() for f in fisher]
 
 
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
 CALLS = {
-    "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, 2.0)),
-    "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, 2.0)),
+    "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, number(2.0))),
+    "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, number(2.0))),
     "accumulate_square_": lambda p, f, a: (OPS.accumulate_square_, (f, p, 0.5)),
     "merge_": lambda p, f, a: (OPS.merge_, (f, a, residual(p), copies(f), p, 0.9)),
     "merge_online_": lambda p, f, a: (OPS.merge_online_, (f, a, copies(f), p, 0.9)),
-    "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, 2.0, 0.1)),
+    "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, number(2.0), number(0.1))),
     "accumulate_square_with_a_seed": lambda p, f, a: (
         OPS.accumulate_square_,
         (half(f), p, 0.5, 7),
@@ -46,7 +50,7 @@ CALLS = {
     ),
     "penalty_with_a_bfloat16_fisher": lambda p, f, a: (
         OPS.penalty,
-        ([t.requires_grad_() for t in p], half(f), a, 2.0),
+        ([t.requires_grad_() for t in p], half(f), a, number(2.0)),
     ),
 }
 
