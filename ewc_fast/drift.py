@@ -68,4 +68,3 @@ def _squared(springs: Springs) -> Tensor:
     """Return all squared drifts in one tensor: penalties at a strength of 2, whose half is 1."""
     values = [spring.penalty(2.0) for spring in springs.values()]
     return torch.stack([value.to(values[0].device) for value in values])
-

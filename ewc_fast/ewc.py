@@ -201,7 +201,7 @@ class EWC:
     # For logs
 
     def penalty_per_parameter(self) -> dict[str, Tensor]:
-        """Return each trainable parameter's part of the penalty; they add up to it without its constant.
+        """Return each trainable parameter's part of the penalty, which has its constant beside them.
 
         Float64 scalars, empty before the first consolidation; nothing waits for the GPU until one
         is read. See :mod:`ewc_fast.drift`.
@@ -213,7 +213,9 @@ class EWC:
         return per_layer(self.penalty_per_parameter(), depth=depth)
 
     def drift(self) -> dict[str, Tensor]:
-        r"""Return each trainable parameter's :math:`\sqrt{\sum F (\theta - a)^2}`, so far from its anchor.
+        r"""Return how far each trainable parameter is from its anchor.
+
+        .. math:: \sqrt{\sum_i F_i (\theta_i - a_i)^2}
 
         As :meth:`penalty_per_parameter`; it does not depend on lambda. See :mod:`ewc_fast.drift`.
         """

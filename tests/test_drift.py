@@ -56,7 +56,7 @@ def test_the_parts_add_up_to_the_penalty_without_its_constant(make, device):
 
 
 def test_a_bfloat16_fisher_will_do():
-    model, ewc = consolidated()
+    _, ewc = consolidated()
     for spring in ewc._springs.values():
         spring.fisher = spring.fisher.bfloat16()
     for name, square in exact_squares(ewc).items():
@@ -67,7 +67,9 @@ def test_a_bfloat16_fisher_will_do():
 def test_layers_are_name_prefixes_of_the_depth_asked_for():
     names = ["scale", "body.0.weight", "body.0.bias", "body.10.weight", "head.bias"]
     parts = {name: torch.tensor(2.0**n) for n, name in enumerate(names)}
-    at = {depth: {k: v.item() for k, v in per_layer(parts, depth=depth).items()} for depth in (1, 2)}
+    at = {
+        depth: {k: v.item() for k, v in per_layer(parts, depth=depth).items()} for depth in (1, 2)
+    }
     assert at[1] == {"": 1.0, "body": 14.0, "head": 16.0}
     assert at[2] == {"": 1.0, "body.0": 6.0, "body.10": 8.0, "head": 16.0}
     with pytest.raises(ValueError, match="depth: expected an integer >= 1, got 0"):
