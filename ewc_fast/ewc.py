@@ -201,7 +201,7 @@ class EWC:
     # For logs
 
     def penalty_per_parameter(self) -> dict[str, Tensor]:
-        """Return each trainable parameter's part of the penalty, which has its constant beside them.
+        """Return each trainable parameter's part of the penalty (but for its constant).
 
         Float64 scalars, empty before the first consolidation; nothing waits for the GPU until one
         is read. See :mod:`ewc_fast.drift`.

@@ -46,8 +46,14 @@ class EWCOptimizer(Optimizer):
 
     Order with gradient clipping: ``clip_grad_norm_`` between ``backward()`` and ``step()`` clips
     the task's gradient alone, and the penalty is added whole. To clip the sum, call
-    ``ewc.add_penalty_grad_()`` yourself, clip, and step the inner optimizer. ``GradScaler``
-    unscales before the penalty is added, and a skipped step adds none.
+    ``ewc.add_penalty_grad_()`` yourself (after ``scaler.unscale_(inner)``, if there is a scaler),
+    clip, and step the inner optimizer. ``GradScaler`` unscales before the penalty is added, and a
+    skipped step adds none.
+
+    ``torch.compile`` takes a whole step, backward pass and wrapper, in one graph
+    (``fullgraph=True``) where it takes the inner optimizer's step so: PyTorch's own break the
+    graph, though nothing of EWC's does. New values of lambda recompile nothing; a consolidation
+    recompiles once. A CUDA graph captures a step with the lambda of its capture.
 
     ``state_dict()`` is the inner optimizer's with one more key, ``"ewc"``: whatever saves the
     optimizer saves Fisher and anchor. Either can load the other's: a plain optimizer ignores the
