@@ -37,8 +37,10 @@ def test_a_consolidation_recompiles_once(device):
     """A new task is new springs; their graph then serves all steps of that task."""
     torch._dynamo.reset()
     model, ewc = consolidated()
-    loss(model, batch(model)).backward()  # gradients that are not there yet are another graph
     plain, by_hand = copy.deepcopy((model, ewc))
+    one = batch(model)
+    for each in (model, plain):
+        loss(each, one).backward()  # gradients that are not there yet are another graph
     graphs = []
 
     def backend(graph, example_inputs):
