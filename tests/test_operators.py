@@ -96,6 +96,34 @@ def test_in_place_operations_compile_without_graph_breaks(name):
         assert all(torch.equal(a, b) for a, b in zip(compiled, uncompiled, strict=True))
 
 
+@pytest.mark.parametrize("name", ["penalty", "add_penalty_grad_", "proximal_step_"])
+def test_numbers_given_as_tensors_need_one_graph_and_are_checked_when_it_runs(name):
+    operation, graphs = getattr(functional, name), []
+    lr = {"lr": number(0.5)} if name == "proximal_step_" else {}
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(*lists, ewc_lambda):
+        return operation(*lists, ewc_lambda=ewc_lambda, **lr)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    params, fisher, anchor = operands()
+    lists = [copies(params)] * (name == "add_penalty_grad_") + [params, fisher, anchor]
+    for strength in (2.0, 0.0, 7.5):
+        eager = [copies(tensors) for tensors in lists]
+        expected = run(*eager, ewc_lambda=strength)
+        found = compiled(*lists, ewc_lambda=number(strength))
+        assert found is None if expected is None else torch.equal(found, expected)
+        for one, other in zip(lists, eager, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match="ewc_lambda: expected a number >= 0"):
+        compiled(*lists, ewc_lambda=number(-1.0))
+
+
 def test_first_and_second_derivatives_match_finite_differences():
     param = torch.randn(4, dtype=torch.float64, requires_grad=True)
     fisher, anchor = torch.rand(4).double(), torch.randn(4).double()
