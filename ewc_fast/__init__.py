@@ -14,6 +14,7 @@ from ewc_fast import functional
 from ewc_fast.ewc import EWC
 from ewc_fast.fisher import fisher_diagonal, fisher_report
 from ewc_fast.flat import FlatParameters, flatten_parameters_
+from ewc_fast.lora import LoRAPenalty, LowRankDelta, lora_deltas
 from ewc_fast.optim import EWCOptimizer
 
 __version__ = _version("ewc-fast")
@@ -21,8 +22,11 @@ __all__ = [
     "EWC",
     "EWCOptimizer",
     "FlatParameters",
+    "LoRAPenalty",
+    "LowRankDelta",
     "fisher_diagonal",
     "fisher_report",
     "flatten_parameters_",
     "functional",
+    "lora_deltas",
 ]

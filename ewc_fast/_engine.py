@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_fast import reference
+from ewc_fast import _checks, reference
 from ewc_fast._checks import Operation, TensorList
 from ewc_fast._dispatch import Impl
 from ewc_fast._native import core
@@ -184,7 +184,7 @@ def add_penalty_grad_(
     fisher: TensorList,
     anchor: TensorList,
     ewc_lambda: float,
-    constant: float = 0.0,
+    constant: float | Tensor = 0.0,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> Tensor:
@@ -279,7 +279,7 @@ def proximal_step_(
     run(
         PROXIMAL_STEP,
         (params, fisher, anchor),
-        ewc_lambda * lr,
+        _checks.non_negative("ewc_lambda * lr", ewc_lambda * lr),
         native=core.proximal_step,
         in_pytorch=partial(reference.proximal_step_, ewc_lambda=ewc_lambda, lr=lr),
         impl=impl,

@@ -2,6 +2,10 @@
 
 ``torch.compile`` and ``torch.library.opcheck`` see these; eager calls skip the dispatcher, which
 costs more than the kernels on small tensors.
+
+Strengths and learning rates are scalar tensors here, on the CPU: a graph is made for their place,
+not for their value, so that a schedule of lambda recompiles nothing. They are read, and checked,
+when the operator runs.
 """
 
 from __future__ import annotations
@@ -12,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_fast import _engine, reference
+from ewc_fast import _checks, _engine, reference
 from ewc_fast._checks import TensorList
 
 _library = torch.library.Library("ewc_fast", "DEF")
 
 _SCHEMAS = {
-    "penalty": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, float ewc_lambda) -> Tensor",
+    "penalty": "(Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor ewc_lambda) -> Tensor",
     "add_penalty_grad_": "(Tensor(a!)[] grads, Tensor[] params, Tensor[] fisher, Tensor[] anchor, "
-    "float ewc_lambda) -> Tensor",
+    "Tensor ewc_lambda) -> Tensor",
     "accumulate_square_": "(Tensor(a!)[] fisher, Tensor[] grads, float weight, "
     "SymInt? seed=None) -> ()",
     "merge_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor(c!)[] residual, "
@@ -28,15 +32,35 @@ _SCHEMAS = {
     "merge_online_": "(Tensor(a!)[] fisher, Tensor(b!)[] anchor, Tensor[] new_fisher, "
     "Tensor[] params, float gamma, SymInt? seed=None) -> ()",
     "proximal_step_": "(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, "
-    "float ewc_lambda, float lr) -> ()",
+    "Tensor ewc_lambda, Tensor lr) -> ()",
 }
+_NUMBERS = {  # the scalar tensors, which stand last
+    "penalty": ("ewc_lambda",),
+    "add_penalty_grad_": ("ewc_lambda",),
+    "proximal_step_": ("ewc_lambda", "lr"),
+}
+
+
+def _with_numbers(name: str) -> Callable[..., Any]:
+    """Return the engine's function, which takes floats, behind an operator that takes tensors."""
+    function: Callable[..., Any] = getattr(_engine, name)
+    names = _NUMBERS.get(name)
+    if names is None:
+        return function
+
+    def run(*operands: Any) -> Any:
+        lists, scalars = operands[: -len(names)], operands[-len(names) :]
+        return function(*lists, *map(_checks.non_negative, names, scalars))
+
+    return run
+
 
 for _name, _schema in _SCHEMAS.items():
     _tags = [torch.Tag.pt2_compliant_tag]
     if "seed" in _schema:  # drawn when the operator runs, as in an eager call
         _tags.append(torch.Tag.nondeterministic_seeded)
     _library.define(_name + _schema, tags=_tags)
-    _library.impl(_name, getattr(_engine, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _with_numbers(_name), "CompositeExplicitAutograd")
 
 
 def _fake_value(*lists_and_scalars: Any) -> Tensor:
@@ -61,25 +85,30 @@ for _name, _fake in _FAKES.items():
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    params, fisher, anchor, ctx.ewc_lambda = inputs
-    ctx.save_for_backward(*params, *fisher, *anchor)
+    params, fisher, anchor, ewc_lambda = inputs
+    ctx.save_for_backward(*params, *fisher, *anchor, ewc_lambda)
 
 
-def _saved_operands(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    saved = list(ctx.saved_tensors)
-    count = len(saved) // 3
-    return saved[:count], saved[count : 2 * count], saved[2 * count :]
+def _thirds(saved: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return parameters, Fisher and anchor, which were saved one after the other."""
+    tensors, count = list(saved), len(saved) // 3
+    return tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
 
 
-def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The gradient of the penalty, times the one from above.
+def _pulls(grad: Tensor, saved: Sequence[Tensor], ewc_lambda: float | Tensor) -> list[Tensor]:
+    """Return the gradient of the penalty, times the one from above.
 
     In plain PyTorch, which can be differentiated again, transformed, and fused by a compiler.
     """
-    params, fisher, anchor = _saved_operands(ctx)
-    pulls = reference.penalty_grad(params, fisher, anchor, ewc_lambda=ctx.ewc_lambda)
-    grads = [(pull * grad).to(p.dtype) for pull, p in zip(pulls, params, strict=True)]
-    no_grads: list[None] = [None] * len(params)
+    params, fisher, anchor = _thirds(saved)
+    pulls = reference.penalty_grad(params, fisher, anchor, ewc_lambda=ewc_lambda)
+    return [(pull * grad).to(p.dtype) for pull, p in zip(pulls, params, strict=True)]
+
+
+def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *saved, ewc_lambda = ctx.saved_tensors
+    grads = _pulls(grad, saved, ewc_lambda)
+    no_grads: list[None] = [None] * len(grads)
     return grads, no_grads, no_grads, None
 
 
@@ -101,15 +130,16 @@ class EagerPenalty(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the operands for the backward pass."""
-        fisher, anchor, ewc_lambda, *params = inputs
-        _save_operands(ctx, (params, fisher, anchor, ewc_lambda), output)
+        fisher, anchor, ctx.ewc_lambda, *params = inputs
+        ctx.save_for_backward(*params, *fisher, *anchor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Return the penalty's gradient: in one pass, unless it must be differentiable itself."""
         (grad,) = grads
         if torch.is_grad_enabled() or grad.device.type != "cpu":
-            pulls = _penalty_backward(ctx, grad)[0]
+            pulls = _pulls(grad, ctx.saved_tensors, ctx.ewc_lambda)
         else:
-            pulls = _engine.penalty_grad(*_saved_operands(ctx), ctx.ewc_lambda * grad.item())
+            factor = ctx.ewc_lambda * grad.item()
+            pulls = _engine.penalty_grad(*_thirds(ctx.saved_tensors), factor)
         return None, None, None, *pulls

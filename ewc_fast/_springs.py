@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ewc_fast import functional
 from ewc_fast._checks import state_dtype
@@ -71,19 +72,19 @@ class ActiveSprings:
         """The parameters, their Fisher and their anchor, for steps that have the springs inside."""
         return self._params, self._fisher, self._anchor
 
-    def penalty(self, ewc_lambda: float) -> Tensor:
+    def penalty(self, ewc_lambda: float | Tensor) -> Tensor:
         """Return the penalty as a differentiable float64 scalar."""
         moving = self._moving()
         return functional.penalty(
             moving._params, moving._fisher, moving._anchor, ewc_lambda=ewc_lambda
         )
 
-    def add_penalty_grad_(self, ewc_lambda: float, constant: float) -> Tensor:
+    def add_penalty_grad_(self, ewc_lambda: float | Tensor, constant: float | Tensor) -> Tensor:
         """Add the penalty's gradient to every ``.grad``, made where missing.
 
         Return the penalty plus ``constant``.
         """
-        grads = gradients_of(self._params)
+        grads = _traced_gradients(self._params) if is_compiling() else gradients_of(self._params)
         if grads is None:
             moving = self._moving()  # a frozen parameter may still have an old gradient
             for param in moving._params:
@@ -101,7 +102,7 @@ class ActiveSprings:
             plan=self._gradient_plan,
         )
 
-    def proximal_step_(self, ewc_lambda: float, lr: float) -> None:
+    def proximal_step_(self, ewc_lambda: float | Tensor, lr: float | Tensor) -> None:
         """Pull every parameter towards its anchor by the proximal step."""
         moving = self._moving()
         functional.proximal_step_(
@@ -127,3 +128,9 @@ class ActiveSprings:
             )
             self._moving_part = mask, part
         return self._moving_part[1]
+
+
+def _traced_gradients(params: Sequence[Tensor]) -> list[Tensor] | None:
+    """What the core's reader of gradients returns, for a compiler, which can't look into it."""
+    grads = [param.grad for param in params if param.requires_grad and param.grad is not None]
+    return grads if len(grads) == len(params) else None

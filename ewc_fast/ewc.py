@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ewc_fast import _checks, functional
 from ewc_fast._dispatch import Impl
 from ewc_fast._springs import ActiveSprings, Spring
+from ewc_fast.drift import drifts, penalties, per_layer
 from ewc_fast.fisher import fisher_diagonal
 from ewc_fast.importance import ActivePath, PathIntegral, mas_importance, uniform_importance
 
@@ -131,6 +132,15 @@ class EWC:
     @ewc_lambda.setter
     def ewc_lambda(self, value: float) -> None:
         self._ewc_lambda = _checks.non_negative("ewc_lambda", value)
+        self._graph_lambda = torch.tensor(self._ewc_lambda, dtype=torch.float64, device="cpu")
+
+    @property
+    def strength(self) -> float | Tensor:
+        """The strength as operations take it: inside ``torch.compile`` a tensor.
+
+        So a compiled graph holds for every value, and a schedule of lambda recompiles nothing.
+        """
+        return self._graph_lambda if torch.compiler.is_compiling() else self._ewc_lambda
 
     @property
     def gamma(self) -> float:
@@ -185,7 +195,7 @@ class EWC:
         """
         if not self._springs:
             return torch.zeros((), dtype=self._value_dtype, requires_grad=True)
-        value = self._active().penalty(self.ewc_lambda) + self.constant_penalty
+        value = self._active().penalty(self.strength) + self.constant_penalty
         return value.to(self._value_dtype)
 
     def add_penalty_grad_(self) -> Tensor:
@@ -194,7 +204,7 @@ class EWC:
         The value is a float64 scalar. Call it after ``backward()``. A trainable parameter without a
         gradient gets one. Does nothing before the first consolidation, and returns 0.
         """
-        return self._active().add_penalty_grad_(self.ewc_lambda, self.constant_penalty)
+        return self._active().add_penalty_grad_(self.strength, self.constant_penalty)
 
     def springs_of(self, params: Iterable[Tensor]) -> ActiveSprings:
         """Return the springs of those among ``params`` that are tracked (for optimizers)."""
@@ -213,9 +223,9 @@ class EWC:
         return ActivePath(self._paths, tracked)
 
     @property
-    def constant_penalty(self) -> float:
+    def constant_penalty(self) -> float | Tensor:
         r"""The part of the penalty that no parameter moves, :math:`\lambda R`."""
-        return self.ewc_lambda * self._constant
+        return self.strength * self._constant
 
     @property
     def version(self) -> int:
@@ -223,9 +233,41 @@ class EWC:
         return self._version
 
     def _active(self) -> ActiveSprings:
+        if torch.compiler.is_compiling():  # a graph keeps what it was traced with; a cache that
+            return self.springs_of(self._params.values())  # fills up would be traced once more
         if self._cached is None:
             self._cached = self.springs_of(self._params.values())
         return self._cached
+
+    # For logs
+
+    def penalty_per_parameter(self) -> dict[str, Tensor]:
+        """Return each trainable parameter's part of the penalty (but for its constant).
+
+        Float64 scalars, empty before the first consolidation; nothing waits for the GPU until one
+        is read. See :mod:`ewc_fast.drift`.
+        """
+        return penalties(self._each_spring(), self.ewc_lambda)
+
+    def penalty_per_layer(self, depth: int = 1) -> dict[str, Tensor]:
+        """Return the same by module: names up to their ``depth``-th dot."""
+        return per_layer(self.penalty_per_parameter(), depth=depth)
+
+    def drift(self) -> dict[str, Tensor]:
+        r"""Return how far each trainable parameter is from its anchor.
+
+        .. math:: \sqrt{\sum_i F_i (\theta_i - a_i)^2}
+
+        As :meth:`penalty_per_parameter`; it does not depend on lambda. See :mod:`ewc_fast.drift`.
+        """
+        return drifts(self._each_spring())
+
+    def _each_spring(self) -> dict[str, ActiveSprings]:
+        return {
+            name: ActiveSprings([param], [self._springs[name]], self._impl)
+            for name, param in self._params.items()
+            if param.requires_grad and name in self._springs
+        }
 
     # After each task
 

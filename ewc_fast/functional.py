@@ -23,7 +23,9 @@ compiled graph draws anew each time it runs; a CUDA graph repeats the seed it wa
 ``impl`` chooses the implementation as :mod:`ewc_fast._dispatch` tabulates: ``"auto"``, ``"cpu"``,
 ``"cuda"``, ``"triton"`` or ``"reference"``. A :class:`Plan` given to every call of a loop keeps
 validation and addresses between calls. The operations work inside
-``torch.compile(fullgraph=True)``.
+``torch.compile(fullgraph=True)``; a strength or learning rate that changes between calls of the
+graph should be a scalar tensor on the CPU, whose value no graph depends on. (Elsewhere a tensor is
+read like a number.)
 
 Errors, with the argument and index, what was expected and what came:
 ``TypeError`` for objects that are no dense floating tensors or have the wrong dtype;
@@ -72,7 +74,7 @@ def penalty(
     fisher: Tensors,
     anchor: Tensors,
     *,
-    ewc_lambda: float,
+    ewc_lambda: float | Tensor,
 ) -> Tensor:
     r"""Return :math:`\frac\lambda2 \sum_i F_i (\theta_i - a_i)^2`, differentiable in ``params``.
 
@@ -86,11 +88,12 @@ def penalty(
     (55.0, [20.0, 30.0])
     """
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
-    ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
     if torch.compiler.is_compiling():
-        value: Tensor = torch.ops.ewc_fast.penalty(*lists, ewc_lambda)
+        strength = _in_graph("ewc_lambda", ewc_lambda)
+        value: Tensor = torch.ops.ewc_fast.penalty(*lists, strength)
     else:
-        value = EagerPenalty.apply(*lists[1:], ewc_lambda, *lists[0])
+        number = _checks.non_negative("ewc_lambda", ewc_lambda)
+        value = EagerPenalty.apply(*lists[1:], number, *lists[0])
     return value
 
 
@@ -100,8 +103,8 @@ def add_penalty_grad_(
     fisher: Tensors,
     anchor: Tensors,
     *,
-    ewc_lambda: float,
-    constant: float = 0.0,
+    ewc_lambda: float | Tensor,
+    constant: float | Tensor = 0.0,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> Tensor:
@@ -125,10 +128,12 @@ def add_penalty_grad_(
         as_list("fisher", fisher),
         as_list("anchor", anchor),
     )
-    ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
     if torch.compiler.is_compiling():
-        value: Tensor = torch.ops.ewc_fast.add_penalty_grad_(*lists, ewc_lambda)
-        return value + constant
+        strength = _in_graph("ewc_lambda", ewc_lambda)
+        with torch.no_grad():
+            value: Tensor = torch.ops.ewc_fast.add_penalty_grad_(*lists, strength)
+            return value + constant
+    ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
     return _engine.add_penalty_grad_(*lists, ewc_lambda, constant, impl=impl, plan=plan)
 
 
@@ -250,8 +255,8 @@ def proximal_step_(
     fisher: Tensors,
     anchor: Tensors,
     *,
-    ewc_lambda: float,
-    lr: float,
+    ewc_lambda: float | Tensor,
+    lr: float | Tensor,
     impl: Impl = "auto",
     plan: Plan | None = None,
 ) -> None:
@@ -270,11 +275,19 @@ def proximal_step_(
     [4.0, 1.0]
     """
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
-    ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
-    lr = _checks.non_negative("lr", lr)
-    _checks.non_negative("ewc_lambda * lr", ewc_lambda * lr)
     if torch.compiler.is_compiling():
+        numbers = _in_graph("ewc_lambda", ewc_lambda), _in_graph("lr", lr)
         with torch.no_grad():
-            torch.ops.ewc_fast.proximal_step_(*lists, ewc_lambda, lr)
+            torch.ops.ewc_fast.proximal_step_(*lists, *numbers)
     else:
+        ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
+        lr = _checks.non_negative("lr", lr)
         _engine.proximal_step_(*lists, ewc_lambda, lr, impl=impl, plan=plan)
+
+
+def _in_graph(name: str, number: float | Tensor) -> Tensor:
+    """Return a number as a compiled graph takes it: a tensor, checked when the graph runs."""
+    if isinstance(number, Tensor):
+        return number
+    checked = _checks.non_negative(name, number)
+    return torch.scalar_tensor(checked, dtype=torch.float64, device="cpu")

@@ -48,7 +48,7 @@ def penalty(params: Tensors, fisher: Tensors, anchor: Tensors, *, ewc_lambda: fl
 
 
 def penalty_grad(
-    params: Tensors, fisher: Tensors, anchor: Tensors, *, ewc_lambda: float
+    params: Tensors, fisher: Tensors, anchor: Tensors, *, ewc_lambda: float | Tensor
 ) -> list[Tensor]:
     """Return the penalty's gradient, in the state's dtype."""
     return [

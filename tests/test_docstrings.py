@@ -12,10 +12,12 @@ import torch
 import ewc_fast.fisher
 
 MODULES = [
+    "ewc_fast.drift",
     "ewc_fast.fisher",
+    "ewc_fast.flat",
     "ewc_fast.importance.l2",
     "ewc_fast.importance.mas",
-    "ewc_fast.flat",
+    "ewc_fast.lora",
     "ewc_fast.functional",
 ] + [module.name for module in pkgutil.walk_packages(ewc_fast.fisher.__path__, "ewc_fast.fisher.")]
 

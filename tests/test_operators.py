@@ -25,13 +25,17 @@ def half(fisher):
     return [f.bfloat16() for f in fisher]
 
 
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
 CALLS = {
-    "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, 2.0)),
-    "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, 2.0)),
+    "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, number(2.0))),
+    "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, number(2.0))),
     "accumulate_square_": lambda p, f, a: (OPS.accumulate_square_, (f, p, 0.5)),
     "merge_": lambda p, f, a: (OPS.merge_, (f, a, residual(p), copies(f), p, 0.9)),
     "merge_online_": lambda p, f, a: (OPS.merge_online_, (f, a, copies(f), p, 0.9)),
-    "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, 2.0, 0.1)),
+    "proximal_step_": lambda p, f, a: (OPS.proximal_step_, (p, f, a, number(2.0), number(0.1))),
     "accumulate_square_with_a_seed": lambda p, f, a: (
         OPS.accumulate_square_,
         (half(f), p, 0.5, 7),
@@ -46,7 +50,7 @@ CALLS = {
     ),
     "penalty_with_a_bfloat16_fisher": lambda p, f, a: (
         OPS.penalty,
-        ([t.requires_grad_() for t in p], half(f), a, 2.0),
+        ([t.requires_grad_() for t in p], half(f), a, number(2.0)),
     ),
 }
 
@@ -90,6 +94,34 @@ def test_in_place_operations_compile_without_graph_breaks(name):
     assert value is None if expected is None else torch.equal(value, expected)
     for compiled, uncompiled in zip(lists, eager, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(compiled, uncompiled, strict=True))
+
+
+@pytest.mark.parametrize("name", ["penalty", "add_penalty_grad_", "proximal_step_"])
+def test_numbers_given_as_tensors_need_one_graph_and_are_checked_when_it_runs(name):
+    operation, graphs = getattr(functional, name), []
+    lr = {"lr": number(0.5)} if name == "proximal_step_" else {}
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(*lists, ewc_lambda):
+        return operation(*lists, ewc_lambda=ewc_lambda, **lr)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    params, fisher, anchor = operands()
+    lists = [copies(params)] * (name == "add_penalty_grad_") + [params, fisher, anchor]
+    for strength in (2.0, 0.0, 7.5):
+        eager = [copies(tensors) for tensors in lists]
+        expected = run(*eager, ewc_lambda=strength)
+        found = compiled(*lists, ewc_lambda=number(strength))
+        assert found is None if expected is None else torch.equal(found, expected)
+        for one, other in zip(lists, eager, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match="ewc_lambda: expected a number >= 0"):
+        compiled(*lists, ewc_lambda=number(-1.0))
 
 
 def test_first_and_second_derivatives_match_finite_differences():

@@ -15,6 +15,7 @@ from ewc_fast._checks.arguments import (
 )
 from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
+from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
     Operand,
     Operation,
@@ -52,6 +53,7 @@ __all__ = [
     "impl",
     "kind",
     "like_parameters",
+    "low_rank_delta",
     "named_parameters",
     "new_fisher",
     "non_negative",

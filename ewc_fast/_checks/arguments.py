@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ewc_fast._dispatch import IMPLS
 
@@ -20,7 +21,7 @@ def impl(value: str) -> None:
     one_of("impl", value, IMPLS)
 
 
-def non_negative(name: str, value: float) -> float:
+def non_negative(name: str, value: float | Tensor) -> float:
     """Return ``value`` as a float; it must be at least 0 and finite in float32."""
     number = _number(name, value)
     if not 0 <= number <= LARGEST:
@@ -62,7 +63,7 @@ def seed(value: int | None, name: str = "seed") -> None:
         raise ValueError(f"{name}: expected an integer from 0 to 2**32 - 1, got {value}")
 
 
-def _number(name: str, value: float) -> float:
+def _number(name: str, value: float | Tensor) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

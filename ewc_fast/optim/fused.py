@@ -70,8 +70,8 @@ class FusedOptimizer(Optimizer):
             check_ewc(ewc, self.param_groups)
             if ewc.importance == "si":
                 raise ValueError(
-                    "ewc: importance='si' needs each step's path, which a fused step does not keep; "
-                    "use ewc_fast.EWCOptimizer around PyTorch's optimizer"
+                    "ewc: importance='si' needs the path of each step, which a fused step does not "
+                    "keep; use ewc_fast.EWCOptimizer around PyTorch's optimizer"
                 )
         self.ewc = ewc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,13 @@ _SHARED_HOOKS = (
 )
 
 
+@dataclass
+class _Trace:
+    """What a step leaves behind: apart, as compiled code sets no attributes of optimizers."""
+
+    penalty: Tensor | None = None
+
+
 class EWCOptimizer(Optimizer):
     r"""Wrap an optimizer so that every ``step()`` also pulls towards what old tasks need.
 
@@ -39,8 +47,14 @@ class EWCOptimizer(Optimizer):
 
     Order with gradient clipping: ``clip_grad_norm_`` between ``backward()`` and ``step()`` clips
     the task's gradient alone, and the penalty is added whole. To clip the sum, call
-    ``ewc.add_penalty_grad_()`` yourself, clip, and step the inner optimizer. ``GradScaler``
-    unscales before the penalty is added, and a skipped step adds none.
+    ``ewc.add_penalty_grad_()`` yourself (after ``scaler.unscale_(inner)``, if there is a scaler),
+    clip, and step the inner optimizer. ``GradScaler`` unscales before the penalty is added, and a
+    skipped step adds none.
+
+    ``torch.compile`` takes a whole step, backward pass and wrapper, in one graph
+    (``fullgraph=True``) where it takes the inner optimizer's step so: PyTorch's own break the
+    graph, though nothing of EWC's does. New values of lambda recompile nothing; a consolidation
+    recompiles once. A CUDA graph captures a step with the lambda of its capture.
 
     With ``EWC(importance="si")`` each step adds to the path integral: the task's gradient as it is
     when ``step()`` begins (clipped, say, but without the penalty) times the way that the parameters
@@ -108,7 +122,7 @@ class EWCOptimizer(Optimizer):
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
         self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
-        self.last_penalty: Tensor | None = None
+        self._trace = _Trace()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "ewc": self.ewc, "mode": self.mode}
@@ -119,6 +133,11 @@ class EWCOptimizer(Optimizer):
         if name.startswith("_") or name in ("optimizer", "ewc", "mode"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.optimizer, name)
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """The penalty before the last step; None before the first, and in ``mode="proximal"``."""
+        return self._trace.penalty
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -165,7 +184,7 @@ class EWCOptimizer(Optimizer):
         result = self._inner_step(closure)
         if self.mode == "proximal":
             for group, springs in zip(self.param_groups, self._current_springs(), strict=True):
-                springs.proximal_step_(self.ewc.ewc_lambda, float(group["lr"]))
+                springs.proximal_step_(self.ewc.strength, group["lr"])
         path = self._current_path()
         if path is not None:
             path.end()
@@ -196,8 +215,9 @@ class EWCOptimizer(Optimizer):
     def _add_penalty_grad_(self) -> Tensor:
         (springs,) = self._current_springs()
         constant = self.ewc.constant_penalty
-        self.last_penalty = springs.add_penalty_grad_(self.ewc.ewc_lambda, constant)
-        return self.last_penalty
+        penalty = springs.add_penalty_grad_(self.ewc.strength, constant)
+        self._trace.penalty = penalty
+        return penalty
 
     def _current_springs(self) -> list[ActiveSprings]:
         """Return the springs, group by group where the learning rate matters.
@@ -205,13 +225,15 @@ class EWCOptimizer(Optimizer):
         They are looked up anew when the groups or the EWC have changed.
         """
         groups = [group["params"] for group in self.param_groups]
-        now = (self.ewc.version, *map(len, groups))
-        if now != self._built_for:
-            together = [[param for params in groups for param in params]]
-            chosen = groups if self.mode == "proximal" else together
-            self._springs = [self.ewc.springs_of(params) for params in chosen]
-            self._built_for = now
-        return self._springs
+        now, compiling = (self.ewc.version, *map(len, groups)), torch.compiler.is_compiling()
+        if now == self._built_for and not compiling:
+            return self._springs
+        together = [[param for params in groups for param in params]]
+        chosen = groups if self.mode == "proximal" else together
+        springs = [self.ewc.springs_of(params) for params in chosen]
+        if not compiling:  # see EWC._active
+            self._springs, self._built_for = springs, now
+        return springs
 
     def _current_path(self) -> ActivePath | None:
         """Return what accumulates the path integral, if this EWC measures that."""
