@@ -26,10 +26,31 @@ MAY_IMPORT = {
     "products": {"_triton", "_engine", "_checks", "_dispatch", "_native", "reference"},
     "sums": {"_triton", "_dispatch", "reference"},
     "functional": {"products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
-    "_springs": {"functional", "_checks", "_dispatch", "_native"},
+    "formats": {"_checks", "reference"},
+    "_springs": {"formats", "functional", "_checks", "_dispatch", "_native"},
+    "_piecewise": {"_springs", "formats", "functional", "_dispatch"},
+    "offload": {"_piecewise", "_springs", "_dispatch"},
+    "_encoded": {
+        "offload",
+        "_piecewise",
+        "_springs",
+        "_plan",
+        "_checks",
+        "_dispatch",
+        "_native",
+    },
+    "persistence": {"formats"},
     "fisher": {"functional", "products", "sums", "_checks"},
     "flat": {"_checks", "_native"},
-    "ewc": {"fisher", "functional", "_springs", "_checks", "_dispatch"},
+    "ewc": {
+        "fisher",
+        "persistence",
+        "_encoded",
+        "_springs",
+        "formats",
+        "_checks",
+        "_dispatch",
+    },
     "optim": {"ewc", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional"},
     "demo": {"__init__"},
@@ -115,7 +136,15 @@ def test_importing_the_package_loads_nothing_heavy():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    heavy = {"triton", "matplotlib", "mlxtend", "tqdm", "torch._dynamo", "torch._inductor"}
+    heavy = {
+        "triton",
+        "safetensors",
+        "matplotlib",
+        "mlxtend",
+        "tqdm",
+        "torch._dynamo",
+        "torch._inductor",
+    }
     assert not heavy & {name.split(".")[0] for name in result.stdout.split()} | heavy & set(
         result.stdout.split()
     )

@@ -23,9 +23,12 @@ from ewc_fast._checks.operands import (
     state_dtype,
 )
 from ewc_fast._checks.parameters import (
+    ENCODED_BLOCK,
     STATE_FIELDS,
+    STORAGES,
     ewc_state,
     grown_shape,
+    mean_of_squares,
     named_parameters,
     new_fisher,
     trainable_parameters,
@@ -33,7 +36,9 @@ from ewc_fast._checks.parameters import (
 from ewc_fast._checks.products import squared_convolution, squared_product
 
 __all__ = [
+    "ENCODED_BLOCK",
     "STATE_FIELDS",
+    "STORAGES",
     "Operand",
     "Operation",
     "TensorList",
@@ -46,6 +51,7 @@ __all__ = [
     "impl",
     "kind",
     "like_parameters",
+    "mean_of_squares",
     "named_parameters",
     "new_fisher",
     "non_negative",
