@@ -134,15 +134,15 @@ auto rounding_on_cpu(Operation operation) {
   };
 }
 
-// Fishers in 8 bits: addresses of codes and scales, and numbers of elements. Whoever makes this keeps
-// the tensors alive.
+// Fishers in 8 bits: addresses of codes and scales, and numbers of elements. Whoever makes this
+// keeps the tensors alive.
 using EncodedTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t>;
 
 std::vector<ewc_fast::cpu::EncodedFisher> encoded_of(const std::vector<EncodedTuple>& rows) {
   std::vector<ewc_fast::cpu::EncodedFisher> converted;
   for (const auto& [codes, scales, numel] : rows)
-    converted.push_back({reinterpret_cast<const char*>(codes),
-                         reinterpret_cast<const float*>(scales), numel});
+    converted.push_back(
+        {reinterpret_cast<const char*>(codes), reinterpret_cast<const float*>(scales), numel});
   return converted;
 }
 

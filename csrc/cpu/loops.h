@@ -79,8 +79,8 @@ double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, co
   });
 }
 
-// The same with a Fisher of 8 bits. A block has one scale, so the decoding, a shift, an addition and
-// a product, is exact; what a float32 Fisher of the decoded values would give, this gives.
+// The same with a Fisher of 8 bits. A block has one scale, so the decoding, a shift, an addition
+// and a product, is exact; what a float32 Fisher of the decoded values would give, this gives.
 template <class T>
 double add_penalty_grad_e5m3(void* grad_, const void* param_, const void* codes_,
                              const float* scales, const void* anchor_, std::int64_t n,
