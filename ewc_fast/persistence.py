@@ -50,7 +50,10 @@ def write(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     target = Path(path)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode  # as files are made here; safetensors makes private ones
         save_file(tensors, partial, metadata)
+        partial.chmod(mode)
         _force_to_disk(partial)
         os.replace(partial, target)
     finally:

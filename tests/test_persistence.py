@@ -99,6 +99,11 @@ def test_saving_replaces_the_file_and_leaves_nothing_else(saved):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_whoever_may_read_a_new_file_may_read_it(saved):
+    (saved[2].parent / "other").touch()
+    assert saved[2].stat().st_mode == (saved[2].parent / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("where", ["first", "header", "middle", "last", "end"])
 def test_an_altered_byte_is_refused(saved, where):
     model, _, path = saved
