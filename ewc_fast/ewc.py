@@ -50,8 +50,9 @@ class EWC:
     storage
         How the Fisher is kept: ``"float32"`` (default), ``"bfloat16"`` or ``"e5m3"``
         (:mod:`ewc_fast.formats`); with ``"@cpu"`` behind it, Fisher and anchor stay in the host's
-        memory and come to a GPU ahead of their use (:mod:`ewc_fast.offload`). With neither
-        ``"float32"`` nor ``"bfloat16"`` can :meth:`penalty` be differentiated more than once.
+        memory and come to a GPU ahead of their use (:mod:`ewc_fast.offload`). Others
+        than ``"float32"`` and ``"bfloat16"`` do not run in ``torch.compile(fullgraph=True)``, and
+        their :meth:`penalty` can be differentiated once only.
     impl
         Implementation of the in-place operations, see :mod:`ewc_fast._dispatch`.
 

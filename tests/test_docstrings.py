@@ -11,7 +11,7 @@ import torch
 
 import ewc_fast.fisher
 
-MODULES = ["ewc_fast.fisher", "ewc_fast.flat", "ewc_fast.functional"] + [
+MODULES = ["ewc_fast.fisher", "ewc_fast.flat", "ewc_fast.formats", "ewc_fast.functional"] + [
     module.name for module in pkgutil.walk_packages(ewc_fast.fisher.__path__, "ewc_fast.fisher.")
 ]
 

@@ -185,8 +185,7 @@ def test_the_kernel_gives_what_float32_gives_with_the_decoded_fisher(level, dtyp
     plain = _core_plan(ADD_PENALTY_GRAD, ())
     decoded = decode_e5m3(codes, scales)  # plans keep no tensor alive
     assert plain.accepts([expected], [param], [decoded], [anchor])
-    reference = core.add_penalty_grad(plain, 3.0, 2, level)
-    assert value == pytest.approx(reference, rel=2 * (256 + 5) * 2.0**-24)  # lanes of 256 terms
+    assert value == core.add_penalty_grad(plain, 3.0, 2, level)
     assert torch.equal(grad, expected)
     with pytest.raises(ValueError, match="do not fit"):
         core.add_penalty_grad_e5m3(plan, [(rows[0][0], rows[0][1], numel + 1)], 3.0, 2, level)

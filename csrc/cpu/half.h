@@ -1,6 +1,6 @@
-// bfloat16, float16 and e5m3 as storage: converted to float to compute, rounded to nearest even to keep
-// (a Fisher in bfloat16, by chance).
-// Plain integer arithmetic without branches, so that compilers vectorise it at every level.
+// bfloat16, float16 and e5m3 as storage: converted to float to compute, rounded to nearest even to
+// keep (a Fisher in bfloat16, by chance). Plain integer arithmetic without branches, so that
+// compilers vectorise it at every level.
 #pragma once
 
 #include <cstdint>

@@ -79,30 +79,27 @@ double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, co
   });
 }
 
-// The same with a Fisher of 8 bits. A block has one scale, so the decoding, a shift, an addition
-// and a product, is exact; what a float32 Fisher of the decoded values would give, this gives.
+// The same with a Fisher of 8 bits, decoded a stretch at a time into the first-level cache:
+// exactly, for a scale is a power of two. What a float32 Fisher of these values gives, this gives
+// bit by bit.
 template <class T>
 double add_penalty_grad_e5m3(void* grad_, const void* param_, const void* codes_,
                              const float* scales, const void* anchor_, std::int64_t n,
-                             double ewc_lambda_) {
-  using C = typename Types<T>::compute;
+                             double ewc_lambda) {
   using S = typename Types<T>::state;
-  T* __restrict grad = static_cast<T*>(grad_);
-  const T* __restrict param = static_cast<const T*>(param_);
   const e5m3* __restrict codes = static_cast<const e5m3*>(codes_);
-  const S* __restrict anchor = static_cast<const S*>(anchor_);
-  const C ewc_lambda = static_cast<C>(ewc_lambda_);
+  S decoded[kFlush];
   double total = 0;
-  for (std::int64_t block = 0; block < n; block += kEncodedBlock) {
-    const std::int64_t length = n - block < kEncodedBlock ? n - block : kEncodedBlock;
-    const float scale = scales[block / kEncodedBlock];
-    total += sum_terms<C>(length, [=](std::int64_t j) __attribute__((always_inline)) {
-      const std::int64_t i = block + j;
-      const C distance = load(param[i]) - anchor[i];
-      const C pull = penalty_gradient<C>(ewc_lambda, load(codes[i]) * scale, distance);
-      store(grad[i], load(grad[i]) + pull);
-      return pull * distance;
-    });
+  for (std::int64_t begin = 0; begin < n; begin += kFlush) {
+    const std::int64_t length = n - begin < kFlush ? n - begin : kFlush;
+    for (std::int64_t first = 0; first < length; first += kEncodedBlock) {
+      const std::int64_t last = first + kEncodedBlock < length ? first + kEncodedBlock : length;
+      const float scale = scales[(begin + first) / kEncodedBlock];
+      for (std::int64_t i = first; i < last; ++i) decoded[i] = load(codes[begin + i]) * scale;
+    }
+    total += add_penalty_grad<T, S>(static_cast<T*>(grad_) + begin,
+                                    static_cast<const T*>(param_) + begin, decoded,
+                                    static_cast<const S*>(anchor_) + begin, length, ewc_lambda);
   }
   return total;
 }
