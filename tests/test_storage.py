@@ -383,3 +383,72 @@ def test_what_can_be_read_are_the_values_of_the_codes():
     state = ewc.state_dict()
     for name, codes in state["fisher"].items():
         assert torch.equal(ewc.fisher[name], decode_e5m3(codes, state["scales"][name]))
+
+
+class Log(list):
+    """Stands in for CUDA's streams and events, and writes down what waits for what."""
+
+    def __init__(self, monkeypatch):
+        log, main = self, "main"
+        log.current = main
+
+        class Event:
+            recorded = None
+
+            def record(self, stream):
+                self.recorded = len(log)
+                log.append(("record", str(stream)))
+
+        class Stream:
+            def __str__(self):
+                return "side" if self is log.side else main
+
+            def wait_event(self, event):
+                log.append((str(self), "waits for", event.recorded))
+
+        class On:
+            def __init__(self, stream):
+                self.stream = stream
+
+            def __enter__(self):
+                log.current = str(self.stream)
+
+            def __exit__(self, *_):
+                log.current = main
+
+        log.side, user, empty, copy_ = Stream(), Stream(), torch.empty, torch.Tensor.copy_
+        replaced = {
+            (torch.cuda, "Event"): Event,
+            (torch.cuda, "Stream"): lambda device: log.side,
+            (torch.cuda, "stream"): On,
+            (torch.cuda, "current_stream"): lambda device: user,
+            (torch, "empty"): lambda *size, dtype, device: empty(*size, dtype=dtype),
+            (torch.Tensor, "record_stream"): lambda tensor, stream: None,
+            (torch.Tensor, "copy_"): lambda to, of, non_blocking=False: (
+                log.append(("copy", log.current, non_blocking)),
+                copy_(to, of),
+            )[1],
+        }
+        for (owner, name), stand_in in replaced.items():
+            monkeypatch.setattr(owner, name, stand_in)
+
+
+def test_on_a_gpu_copies_run_ahead_on_a_side_stream_and_lanes_are_not_overwritten(monkeypatch):
+    given = [[torch.full((4,), float(n))] for n in range(4)]
+    with monkeypatch.context() as patch:
+        log = Log(patch)
+        prefetch = Prefetch(torch.device("cuda"))
+        for (copy_,) in prefetch(given):
+            log.append(("use", int(copy_[0])))
+    uses = [log.index(("use", n)) for n in range(4)]
+    copies = [i for i, entry in enumerate(log) if entry == ("copy", "side", True)]
+    assert len(copies) == 4
+    for n in range(4):
+        filled = log[copies[n] + 1 :].index(("record", "side")) + copies[n] + 1
+        assert filled == copies[n] + 1  # recorded right behind the copy
+        assert log[uses[n] - 1] == ("main", "waits for", filled)
+        assert log[uses[n] + 1] == ("record", "main")
+        if n + 1 < 4:
+            assert copies[n + 1] < uses[n]  # the next copy is under way
+        if n >= 2:  # the lane's last use is over before it is filled again
+            assert log[copies[n] - 1] == ("side", "waits for", uses[n - 2] + 1)
