@@ -70,7 +70,7 @@ class EncodedSprings(PiecewiseSprings):
                 springs = [self._springs[row] for row in group.ordinals]
                 rest = PiecewiseSprings(group.lists[1], springs, self._impl)
                 total += rest._add_to(list(group.lists[0]), ewc_lambda, 0.0).item()
-        return torch.tensor(total, dtype=torch.float64)
+        return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
 def _addresses(spring: Spring) -> tuple[int, int, int]:

@@ -37,6 +37,14 @@ class PiecewiseSprings(ActiveSprings):
         super().__init__(params, springs, impl)
         self._plans: dict[tuple[str, int], functional.Plan] = {}
 
+    @property
+    def operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Raise: whoever reads Fisher and anchor in place finds them only where they are plain."""
+        raise ValueError(
+            "storage: a step with the penalty inside reads the state in place, which takes "
+            "storage='float32' or 'bfloat16'; for others wrap PyTorch's optimizer in EWCOptimizer"
+        )
+
     def penalty(self, ewc_lambda: float) -> Tensor:
         """Return the penalty as a float64 scalar that can be differentiated once."""
         moving = self._moving()
