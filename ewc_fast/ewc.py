@@ -47,14 +47,14 @@ class EWC:
         Decay of old Fisher information at each consolidation, in (0, 1]; 1 keeps all.
     anchor
         ``"merged"`` or ``"latest"``, see above.
+    impl
+        Implementation of the in-place operations, see :mod:`ewc_fast._dispatch`.
     storage
         How the Fisher is kept: ``"float32"`` (default), ``"bfloat16"`` or ``"e5m3"``
         (:mod:`ewc_fast.formats`); with ``"@cpu"`` behind it, Fisher and anchor stay in the host's
         memory and come to a GPU ahead of their use (:mod:`ewc_fast.offload`). Others
         than ``"float32"`` and ``"bfloat16"`` do not run in ``torch.compile(fullgraph=True)``, and
         their :meth:`penalty` can be differentiated once only.
-    impl
-        Implementation of the in-place operations, see :mod:`ewc_fast._dispatch`.
 
     Memory, whatever the number of tasks; none before the first consolidation:
 
@@ -100,16 +100,16 @@ class EWC:
         ewc_lambda: float,
         gamma: float = 1.0,
         anchor: Literal["merged", "latest"] = "merged",
-        storage: StorageName = "float32",
         impl: Impl = "auto",
+        storage: StorageName = "float32",
     ) -> None:
         _checks.one_of("anchor", anchor, ("merged", "latest"))
         _checks.impl(impl)
         self.ewc_lambda = ewc_lambda
         self.gamma = gamma
         self._rule = anchor
-        self._storage = Storage.named(storage)
         self._impl = impl
+        self._storage = Storage.named(storage)
         self._model = model if isinstance(model, nn.Module) else None
         self._springs: dict[str, Spring] = {}
         self._constant = 0.0
@@ -345,6 +345,8 @@ class EWC:
         scales = {name: s.scales for name, s in springs if s.scales is not None}
         return {
             "format": FORMAT if scales else 1,
+            "storage": self.storage,
+            "scales": scales,
             "ewc_lambda": self.ewc_lambda,
             "gamma": self.gamma,
             "rule": self._rule,
@@ -354,8 +356,6 @@ class EWC:
                 field: {name: getattr(s, field).detach() for name, s in springs}
                 for field in _checks.STATE_FIELDS
             },
-            "storage": self.storage,
-            "scales": scales,
         }
 
     @torch.no_grad()
