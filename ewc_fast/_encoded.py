@@ -57,8 +57,10 @@ class EncodedSprings(PiecewiseSprings):
         # springs and with them this object.
         self._addresses = [_addresses(spring) for spring in springs]
 
-    def _add_to(self, grads: list[Tensor], ewc_lambda: float, constant: float) -> Tensor:
-        total = constant
+    def _add_to(
+        self, grads: list[Tensor], ewc_lambda: float | Tensor, constant: float | Tensor
+    ) -> Tensor:
+        total, ewc_lambda = float(constant), float(ewc_lambda)
         operands = grads, self._params, self._anchor
         for group in self._encoded_plan.groups(_ADD_PENALTY_GRAD, operands, self._impl):
             if group.impl == "cpu":

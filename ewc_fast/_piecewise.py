@@ -45,13 +45,13 @@ class PiecewiseSprings(ActiveSprings):
             "storage='float32' or 'bfloat16'; for others wrap PyTorch's optimizer in EWCOptimizer"
         )
 
-    def penalty(self, ewc_lambda: float) -> Tensor:
+    def penalty(self, ewc_lambda: float | Tensor) -> Tensor:
         """Return the penalty as a float64 scalar that can be differentiated once."""
         moving = self._moving()
-        value: Tensor = _Penalty.apply(moving, ewc_lambda, *moving._params)
+        value: Tensor = _Penalty.apply(moving, float(ewc_lambda), *moving._params)
         return value
 
-    def proximal_step_(self, ewc_lambda: float, lr: float) -> None:
+    def proximal_step_(self, ewc_lambda: float | Tensor, lr: float | Tensor) -> None:
         """Pull every parameter towards its anchor by the proximal step."""
         moving = self._moving()
         assert isinstance(moving, PiecewiseSprings)
@@ -61,22 +61,24 @@ class PiecewiseSprings(ActiveSprings):
                 piece.lists[0],
                 fisher,
                 anchor,
-                ewc_lambda=ewc_lambda,
-                lr=lr,
+                ewc_lambda=float(ewc_lambda),
+                lr=float(lr),
                 impl=self._impl,
                 plan=moving._plan("proximal", piece),
             )
 
         moving._visit(step, moving._params)
 
-    def _add_to(self, grads: list[Tensor], ewc_lambda: float, constant: float) -> Tensor:
+    def _add_to(
+        self, grads: list[Tensor], ewc_lambda: float | Tensor, constant: float | Tensor
+    ) -> Tensor:
         def add(piece: Piece, fisher: list[Tensor], anchor: list[Tensor]) -> Tensor:
             return functional.add_penalty_grad_(
                 piece.lists[0],
                 piece.lists[1],
                 fisher,
                 anchor,
-                ewc_lambda=ewc_lambda,
+                ewc_lambda=float(ewc_lambda),
                 impl=self._impl,
                 plan=self._plan("gradient", piece),
             )
