@@ -73,11 +73,12 @@ class Prefetch:
     def _fill(self, lane: _Lane, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self._stream is None:
             return lane.take(tensors)
+        user = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(lane.used)  # at once, where it was never recorded
             copies = lane.take(tensors)
-            lane.memory.record_stream(torch.cuda.current_stream(self._device))
             lane.filled.record(self._stream)
+        lane.memory.record_stream(user)  # whose work must be done before it is freed
         return copies
 
     def _hand_out(self, lane: _Lane, copies: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -78,9 +78,13 @@ class Log(list):
             (torch.cuda, "Event"): Event,
             (torch.cuda, "Stream"): lambda device: log.side,
             (torch.cuda, "stream"): On,
-            (torch.cuda, "current_stream"): lambda device: user,
+            (torch.cuda, "current_stream"): lambda device: (
+                log.side if log.current == "side" else user
+            ),
             (torch, "empty"): lambda *size, dtype, device: empty(*size, dtype=dtype),
-            (torch.Tensor, "record_stream"): lambda tensor, stream: None,
+            (torch.Tensor, "record_stream"): lambda tensor, stream: log.append(
+                ("memory is kept for", str(stream))
+            ),
             (torch.Tensor, "copy_"): lambda to, of, non_blocking=False: (
                 log.append(("copy", log.current, non_blocking)),
                 copy_(to, of),
@@ -99,7 +103,7 @@ def test_on_a_gpu_copies_run_ahead_on_a_side_stream_and_lanes_are_not_overwritte
             log.append(("use", int(copy_[0])))
     uses = [log.index(("use", n)) for n in range(4)]
     copies = [i for i, entry in enumerate(log) if entry == ("copy", "side", True)]
-    assert len(copies) == 4
+    assert len(copies) == log.count(("memory is kept for", "main")) == 4
     for n in range(4):
         filled = log[copies[n] + 1 :].index(("record", "side")) + copies[n] + 1
         assert filled == copies[n] + 1  # recorded right behind the copy
