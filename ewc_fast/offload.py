@@ -8,7 +8,8 @@ one is applied, into one of two lanes of memory::
 
 A step must bring 4 bytes a parameter for the anchor and 4, 2 or 1 for the Fisher over the bus,
 which takes far longer than the penalty itself: use it where the state would not fit otherwise. On a
-CPU the same code makes plain copies, and gains nothing.
+CPU the same code makes plain copies, and gains nothing. A step like this can't be captured in a
+CUDA graph: it waits for events of the step before. No GPU has run it yet.
 """
 
 from __future__ import annotations
