@@ -111,7 +111,7 @@ for file in tests/test_triton_*.py; do
   [ -e "$file" ] && [[ $file != *_compiled.py ]] && kernels+=("$file")
 done
 devices=(tests/test_functional.py tests/test_squared_product.py tests/test_operations.py
-  tests/test_architectures.py)
+  tests/test_architectures.py tests/test_storage.py tests/test_offload.py)
 # Of the kernels' tests, under a sanitizer: tails, views, many rows, parts that are added up.
 sanitized='misaligned or stacked or hundreds or strides or splits or shared_out'
 

@@ -1,6 +1,35 @@
 """Which implementation runs: a pure function of what was asked for and what is there.
 
-==============  ================================  =========================================
+==============  ================================  ================================================
+``impl``        operands                          runs
+==============  ================================  ================================================
+``"auto"``      dense, on the CPU                 ``"cpu"``: C++, vector code, threads
+``"auto"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
+                                                  operation, else ``"triton"`` if available, else
+                                                  ``"reference"``
+``"auto"``      strided with gaps, or elsewhere   ``"reference"``: PyTorch
+``"cpu"``       dense, on the CPU                 ``"cpu"``, else an error
+``"cuda"``      dense, on a CUDA device           ``"cuda"`` if built with a kernel for the
+                                                  operation, else an error
+``"triton"``    dense, on a CUDA or XPU device;   ``"triton"`` if available, else an error
+                on the CPU in its interpreter
+``"reference"`` any                               ``"reference"``
+==============  ================================  ================================================
+
+An ``EWC`` may keep its state in other ways (``storage``); ``impl`` then chooses as above for each
+piece of it:
+
+==========================  ==================================================================
+state                       what applies it
+==========================  ==================================================================
+8-bit Fisher, on the CPU    ``add_penalty_grad_``: C++ that decodes as it loads, with ``"auto"``
+                            and ``"cpu"``; the value, the proximal step, other ``impl``: pieces
+                            decoded to float32 by PyTorch
+8-bit Fisher, on a GPU      pieces decoded to float32 by PyTorch, for all operations
+kept on the CPU             pieces copied to the parameters' device, and decoded if of 8 bits
+any, in a merge             as above; state kept on the CPU merges there, by ``"auto"``
+==========================  ==================================================================
+
 *Dense* means: all operands of a row have the same strides and fill their storage, in any order of
 dimensions (so ``channels_last`` is dense). The choice is made for each tensor of a list by itself.
 A backend asked for by name runs or raises; it never falls back. The products of a layer's inputs

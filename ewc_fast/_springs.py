@@ -2,49 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ewc_fast import functional
+from ewc_fast import formats, functional
 from ewc_fast._checks import state_dtype
 from ewc_fast._dispatch import Impl
 from ewc_fast._native import gradients_of
+from ewc_fast.formats import Storage
+
+_PLAIN = Storage("float32", on_cpu=False)
 
 
 @dataclass
 class Spring:
-    """Stiffness and rest position of one parameter; all three have its shape and strides."""
+    """Stiffness and rest position of one parameter; all but the scales have its shape and strides.
+
+    A Fisher in 8 bits is codes (uint8) with their ``scales``, see :mod:`ewc_fast.formats`.
+    """
 
     fisher: Tensor
     anchor: Tensor
     residual: Tensor  # bfloat16: what anchor's dtype rounds away
+    scales: Tensor | None = None  # of a Fisher in 8 bits
 
     @classmethod
-    def slack(cls, param: Tensor) -> Spring:
+    def slack(cls, param: Tensor, storage: Storage = _PLAIN) -> Spring:
         """Return a spring without stiffness, at rest where the parameter is."""
         like = param.detach()
         dtype = state_dtype(param.dtype)
-        return cls(
+        plain = cls(
             fisher=torch.zeros_like(like, dtype=dtype),
             anchor=like.to(dtype=dtype, copy=True),
             residual=torch.zeros_like(like, dtype=torch.bfloat16),
         )
+        return plain.kept_in(storage)
 
-    def grown(self, param: Tensor) -> Spring:
+    def kept_in(self, storage: Storage) -> Spring:
+        """Return the spring in a storage, its Fisher rounded to nearest.
+
+        Beside float64 parameters the Fisher stays in float64.
+        """
+        kept = Spring(self.fisher_values(), self.anchor, self.residual)
+        if self.anchor.dtype != torch.float64:
+            if storage.fisher == "e5m3":
+                kept.fisher, kept.scales = formats.encode_e5m3(kept.fisher)
+            else:
+                kept.fisher = kept.fisher.to(getattr(torch, storage.fisher))
+        return kept._each(_on_host) if storage.on_cpu else kept
+
+    def fisher_values(self) -> Tensor:
+        """Return the Fisher itself, or what its codes stand for."""
+        if self.scales is None:
+            return self.fisher
+        return formats.decode_e5m3(self.fisher, self.scales)
+
+    @torch.no_grad()
+    def copy_(self, other: Spring) -> None:
+        """Take over another spring's values, in this one's format."""
+        self.anchor.copy_(other.anchor)
+        self.residual.copy_(other.residual)
+        same_order = self.fisher.stride() == other.fisher.stride()
+        if self.scales is None:
+            self.fisher.copy_(other.fisher_values())
+        elif other.scales is not None and same_order:
+            self.fisher.copy_(other.fisher)
+            self.scales.copy_(other.scales)
+        else:
+            values = torch.empty_like(self.anchor, dtype=torch.float32)
+            codes, scales = formats.encode_e5m3(values.copy_(other.fisher_values()))
+            self.fisher.copy_(codes)
+            self.scales.copy_(scales)
+
+    def grown(self, param: Tensor, storage: Storage = _PLAIN) -> Spring:
         """Return a spring for a parameter that gained rows, slack on the new ones."""
         spring, rows = Spring.slack(param), self.fisher.shape[0]
-        spring.fisher[:rows] = self.fisher
+        spring.fisher[:rows] = self.fisher_values()
         spring.anchor[:rows] = self.anchor
         spring.residual[:rows] = self.residual
-        return spring
+        return spring.kept_in(storage)
 
     def to(self, device: torch.device | str) -> Spring:
         """Return the spring on another device."""
-        return Spring(self.fisher.to(device), self.anchor.to(device), self.residual.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def cut(self, start: int, stop: int) -> Spring:
+        """Return views of a part in the order of memory, from the start of a block."""
+
+        def part(tensor: Tensor) -> Tensor:
+            return formats.in_memory_order(tensor)[start:stop]
+
+        cut = Spring(part(self.fisher), part(self.anchor), part(self.residual))
+        if self.scales is not None:
+            cut.scales = self.scales[start // formats.BLOCK : -(-stop // formats.BLOCK)]
+        return cut
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the spring consists of."""
+        kept = [self.fisher, self.anchor, self.residual]
+        return kept if self.scales is None else [*kept, self.scales]
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Spring:
+        return Spring(*map(move, self.tensors()))
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in the host's memory, pinned where a GPU is to copy from it."""
+    host = tensor.cpu()
+    return host.pin_memory() if torch.cuda.is_available() else host
+
+
+def merge_(
+    springs: Sequence[Spring],
+    new_fisher: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    latest: bool,
+    gamma: float,
+    impl: Impl,
+) -> float:
+    """Merge a new task's springs into these; return the constant that it leaves.
+
+    State that is kept on the CPU is merged there, by what ``impl="auto"`` chooses. Fishers in 8
+    bits are decoded, merged and encoded one by one.
+    """
+    elsewhere = any(s.anchor.device != p.device for s, p in zip(springs, params, strict=True))
+    impl = "auto" if elsewhere else impl
+    rows = list(zip(springs, new_fisher, params, strict=True))
+    plain = [row for row in rows if row[0].scales is None]
+    constant = _merge_rows_(plain, latest, gamma, impl) if plain else 0.0
+    for spring, new, param in rows:
+        if spring.scales is not None:
+            decoded = Spring(spring.fisher_values(), spring.anchor, spring.residual)
+            constant += _merge_rows_([(decoded, new, param)], latest, gamma, impl)
+            decoded.fisher.clamp_(max=torch.finfo(torch.float32).max)
+            seed = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
+            formats.reencode_e5m3_(spring.fisher, spring.scales, decoded.fisher, seed=seed)
+    return constant
+
+
+def _merge_rows_(
+    rows: Sequence[tuple[Spring, Tensor, Tensor]], latest: bool, gamma: float, impl: Impl
+) -> float:
+    springs = [spring for spring, _, _ in rows]
+    fisher, anchor = [s.fisher for s in springs], [s.anchor for s in springs]
+    new = [new.to(spring.anchor) for spring, new, _ in rows]
+    at = [param.detach().to(spring.anchor.device) for spring, _, param in rows]
+    if latest:
+        functional.merge_online_(fisher, anchor, new, at, gamma=gamma, impl=impl)
+        return 0.0
+    residual = [spring.residual for spring in springs]
+    merged = functional.merge_(fisher, anchor, residual, new, at, gamma=gamma, impl=impl)
+    return merged.item()
 
 
 class ActiveSprings:
@@ -91,6 +204,12 @@ class ActiveSprings:
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
             return moving.add_penalty_grad_(ewc_lambda, constant)
+        return self._add_to(grads, ewc_lambda, constant)
+
+    def _add_to(
+        self, grads: list[Tensor], ewc_lambda: float | Tensor, constant: float | Tensor
+    ) -> Tensor:
+        """Add the penalty's gradient to the parameters' ``grads``."""
         return functional.add_penalty_grad_(
             grads,
             self._params,
@@ -121,7 +240,7 @@ class ActiveSprings:
         if all(mask):
             return self
         if self._moving_part is None or self._moving_part[0] != mask:
-            part = ActiveSprings(
+            part = type(self)(
                 [param for param, moves in zip(self._params, mask, strict=True) if moves],
                 [spring for spring, moves in zip(self._springs, mask, strict=True) if moves],
                 self._impl,

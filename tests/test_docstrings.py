@@ -15,6 +15,7 @@ MODULES = [
     "ewc_fast.drift",
     "ewc_fast.fisher",
     "ewc_fast.flat",
+    "ewc_fast.formats",
     "ewc_fast.importance.l2",
     "ewc_fast.importance.mas",
     "ewc_fast.lora",

@@ -36,7 +36,7 @@ def of_a_wider_model(state):
 STATES = {
     "newer_format": (
         lambda s: s.update(format=99),
-        "state: format 99 is newer than 1.*upgrade ewc_fast",
+        "state: format 99 is newer than 2.*upgrade ewc_fast",
     ),
     "format_of_another_kind": (lambda s: s.update(format="2.0"), "state: format '2.0'"),
     "something_else": (lambda s: s.clear(), r"state: expected what EWC.state_dict\(\) returned"),

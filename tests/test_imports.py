@@ -29,13 +29,36 @@ MAY_IMPORT = {
     "_steps": {"_engine", "_plan", "_checks", "_dispatch", "_native", "reference_steps"},
     "steps": {"_steps", "_plan", "_checks", "_dispatch", "reference_steps"},
     "functional": {"steps", "products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
-    "_springs": {"functional", "_checks", "_dispatch", "_native"},
+    "formats": {"_checks", "reference"},
+    "_springs": {"formats", "functional", "_checks", "_dispatch", "_native"},
+    "_piecewise": {"_springs", "formats", "functional", "_dispatch"},
+    "offload": {"_piecewise", "_springs", "_dispatch"},
+    "_encoded": {
+        "offload",
+        "_piecewise",
+        "_springs",
+        "_plan",
+        "_checks",
+        "_dispatch",
+        "_native",
+    },
+    "persistence": {"formats"},
     "fisher": {"functional", "products", "sums", "_checks"},
     "flat": {"_checks", "_native"},
     "drift": {"_springs", "_checks"},
     "lora": {"_checks"},
     "importance": {"fisher", "_checks"},
-    "ewc": {"drift", "fisher", "importance", "functional", "_springs", "_checks", "_dispatch"},
+    "ewc": {
+        "drift",
+        "fisher",
+        "importance",
+        "persistence",
+        "_encoded",
+        "_springs",
+        "formats",
+        "_checks",
+        "_dispatch",
+    },
     "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "demo": {"__init__"},
@@ -122,7 +145,15 @@ def test_importing_the_package_loads_nothing_heavy():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    heavy = {"triton", "matplotlib", "mlxtend", "tqdm", "torch._dynamo", "torch._inductor"}
+    heavy = {
+        "triton",
+        "matplotlib",
+        "mlxtend",
+        "tqdm",
+        "safetensors",
+        "torch._dynamo",
+        "torch._inductor",
+    }
     heavy |= {"transformers", "accelerate", "lightning", "pytorch_lightning", "avalanche"}
     assert not heavy & {name.split(".")[0] for name in result.stdout.split()} | heavy & set(
         result.stdout.split()

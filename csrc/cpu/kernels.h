@@ -17,6 +17,9 @@ struct Rounding {
 
 struct StepKernels;
 
+// Elements that share a scale where a Fisher has 8 bits.
+constexpr std::int64_t kEncodedBlock = 256;
+
 // Indexed by the parameters' DType and whether the Fisher is bfloat16. The state (fisher, anchor)
 // is double for double parameters and float otherwise; the residual of the anchor is bfloat16.
 // Bytes an element are those of float; a bfloat16 Fisher saves 2 of each read and write of F.
@@ -45,6 +48,10 @@ struct Kernels {
   // theta <- (theta + eta lambda F a) / (1 + eta lambda F)                   16 bytes
   void (*proximal_step[kDTypes][2])(void* param, const void* fisher, const void* anchor,
                                     std::int64_t n, double eta_lambda);
+  // The first with F in 8 bits, scales[i] the scale of its i-th block         17 bytes
+  double (*add_penalty_grad_e5m3[kDTypes])(void* grad, const void* param, const void* codes,
+                                           const float* scales, const void* anchor, std::int64_t n,
+                                           double ewc_lambda);
   ProductKernels product;
   const StepKernels* steps;
 };

@@ -12,6 +12,18 @@ double add_penalty_grad(const Table& table, Run run, double ewc_lambda) {
          });
 }
 
+static_assert(kChunk % kEncodedBlock == 0, "a chunk begins where a block does");
+double add_penalty_grad_e5m3(const Table& table, Run run, const std::vector<EncodedFisher>& fisher,
+                             double ewc_lambda) {
+  return 0.5 * sum_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
+           const EncodedFisher& encoded = fisher[c.row];
+           return run.kernels.add_penalty_grad_e5m3[static_cast<int>(row.dtype)](
+               row.at(0, c.offset), row.at(1, c.offset), encoded.codes + c.offset,
+               encoded.scales + c.offset / kEncodedBlock, row.at(2, c.offset), c.length,
+               ewc_lambda);
+         });
+}
+
 double penalty(const Table& table, Run run, double ewc_lambda) {
   return 0.5 * sum_chunks(table, run.threads, [&](const Row& row, const Chunk& c) {
            return kernel_of(run.kernels.penalty, row)(row.at(0, c.offset), row.at(1, c.offset),

@@ -18,6 +18,16 @@ double penalty(const Table& table, Run run, double ewc_lambda);           // par
 void penalty_grad(const Table& table, Run run, double ewc_lambda);        // out, param, F, a
 void proximal_step(const Table& table, Run run, double eta_lambda);       // param, F, a
 
+// The Fisher of a row in 8 bits, in the order of the row's memory. It has no strides of its own and
+// is no operand of the table.
+struct EncodedFisher {
+  const char* codes;
+  const float* scales;
+  std::int64_t numel;
+};
+double add_penalty_grad_e5m3(const Table& table, Run run, const std::vector<EncodedFisher>& fisher,
+                             double ewc_lambda);  // grad, param, a
+
 // These write F. Where it is bfloat16, the seed says which way each element is rounded.
 void accumulate_square(const Table& table, Run run, double weight, std::uint32_t seed);  // F, grads
 double merge(const Table& table, Run run, double gamma,

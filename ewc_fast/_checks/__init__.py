@@ -27,9 +27,12 @@ from ewc_fast._checks.operands import (
     state_dtype,
 )
 from ewc_fast._checks.parameters import (
+    ENCODED_BLOCK,
     STATE_FIELDS,
+    STORAGES,
     ewc_state,
     grown_shape,
+    mean_of_squares,
     named_parameters,
     new_fisher,
     trainable_parameters,
@@ -37,8 +40,10 @@ from ewc_fast._checks.parameters import (
 from ewc_fast._checks.products import squared_convolution, squared_product
 
 __all__ = [
+    "ENCODED_BLOCK",
     "IMPORTANCES",
     "STATE_FIELDS",
+    "STORAGES",
     "Operand",
     "Operation",
     "TensorList",
@@ -54,6 +59,7 @@ __all__ = [
     "kind",
     "like_parameters",
     "low_rank_delta",
+    "mean_of_squares",
     "named_parameters",
     "new_fisher",
     "non_negative",

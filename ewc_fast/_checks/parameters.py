@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ewc_fast._checks.arguments import LARGEST, gamma, non_negative, one_of
@@ -76,14 +77,21 @@ def new_fisher(fisher: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> No
                 f"fisher[{name!r}]: expected shape {tuple(params[name].shape)} of the parameter, "
                 f"got {tuple(tensor.shape)}"
             )
-        lowest, highest = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
-        if not 0 <= lowest <= highest <= LARGEST:  # false for NaN as well
-            raise ValueError(
-                f"fisher[{name!r}]: expected finite entries >= 0, as means of squares are, "
-                f"got entries from {float(lowest):g} to {float(highest):g}"
-            )
+        mean_of_squares(f"fisher[{name!r}]", tensor)
 
 
+def mean_of_squares(name: str, tensor: Tensor) -> None:
+    """Raise unless all entries are finite and at least 0."""
+    lowest, highest = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+    if not 0 <= lowest <= highest <= LARGEST:  # false for NaN as well
+        raise ValueError(
+            f"{name}: expected finite entries >= 0, as means of squares are, "
+            f"got entries from {float(lowest):g} to {float(highest):g}"
+        )
+
+
+STORAGES = ("float32", "bfloat16", "e5m3", "float32@cpu", "bfloat16@cpu", "e5m3@cpu")
+ENCODED_BLOCK = 256  # codes of 8 bits that share a scale
 STATE_FIELDS = ("fisher", "anchor", "residual")
 _STATE_KEYS = ("format", "ewc_lambda", "gamma", "rule", "constant", "tasks", *STATE_FIELDS)
 
@@ -120,6 +128,7 @@ def ewc_state(
             f"state: of another model, this one has no parameter {_listed(unknown)}; "
             "pass strict=False to keep them for later"
         )
+    _encoded_fisher(state)
     for name in names & set(params):
         for field in STATE_FIELDS:
             tensor = state[field][name]
@@ -129,6 +138,29 @@ def ewc_state(
                     f"state[{field!r}][{name!r}]: expected shape {tuple(params[name].shape)} "
                     f"of the parameter, got {tuple(tensor.shape)}; is it of another model?"
                 )
+
+
+def _encoded_fisher(state: Mapping[str, Any]) -> None:
+    """Raise unless codes of 8 bits and their blocks' scales belong together."""
+    one_of("state['storage']", state.get("storage", "float32"), STORAGES)
+    scales = state.get("scales", {})
+    for name, fisher in state["fisher"].items():
+        kind(f"state['fisher'][{name!r}]", fisher)
+        if (fisher.dtype == torch.uint8) != (name in scales):
+            found = "with" if name in scales else "without"
+            raise ValueError(
+                f"state['fisher'][{name!r}]: expected codes of uint8 with scales, or floating "
+                f"values without, got {short(fisher.dtype)} {found}"
+            )
+        if name not in scales:
+            continue
+        kind(f"state['scales'][{name!r}]", scales[name])
+        blocks = -(-fisher.numel() // ENCODED_BLOCK)
+        if tuple(scales[name].shape) != (blocks,):
+            raise ValueError(
+                f"state['scales'][{name!r}]: expected shape ({blocks},), a scale for each "
+                f"{ENCODED_BLOCK} codes, got {tuple(scales[name].shape)}"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:
