@@ -157,6 +157,20 @@ def test_what_does_not_fit_is_named(change, error, message):
         LowRankDelta(a, b, 1.0, fisher)
 
 
+def test_changes_come_by_name():
+    with pytest.raises(TypeError, match="deltas: expected LowRankDelta by layer name, got list"):
+        LoRAPenalty([delta()], ewc_lambda=1.0)
+
+
+def test_it_compiles_into_a_loss_without_graph_breaks():
+    change = delta()
+    penalty = LoRAPenalty({"layer": change}, ewc_lambda=STRENGTH)
+    compiled = torch.compile(penalty.penalty, fullgraph=True, backend="aot_eager")
+    value = compiled()
+    value.backward()
+    assert_exact(change, value.detach(), (change.lora_a.grad, change.lora_b.grad), torch.float32)
+
+
 # With peft
 
 
