@@ -13,6 +13,7 @@ from ewc_fast._dispatch import Impl
 from ewc_fast._springs import ActiveSprings, Spring
 from ewc_fast.drift import drifts, penalties, per_layer
 from ewc_fast.fisher import fisher_diagonal
+from ewc_fast.importance import ActivePath, PathIntegral, mas_importance, uniform_importance
 
 FORMAT = 1
 
@@ -45,6 +46,26 @@ class EWC:
         Decay of old Fisher information at each consolidation, in (0, 1]; 1 keeps all.
     anchor
         ``"merged"`` or ``"latest"``, see above.
+    importance
+        What stands for F: how much a finished task needs each parameter.
+
+        ``"fisher"`` (default)
+            the Fisher information, see :func:`ewc_fast.fisher_diagonal`.
+        ``"mas"``
+            memory aware synapses (Aljundi et al. 2018): how much the outputs react, without labels;
+            see :func:`ewc_fast.importance.mas_importance`. Their lambda is ``ewc_lambda / 2``.
+        ``"si"``
+            synaptic intelligence (Zenke et al. 2017): the path integral
+            :math:`\omega = -\sum_t g \, \delta\theta` that :class:`~ewc_fast.EWCOptimizer`
+            accumulates in its steps, from the task's own gradient as it is when the step begins;
+            at a task's end :math:`\Omega = \max(\omega, 0) / (\Delta\theta^2 + \xi)`.
+            :meth:`consolidate` takes ``xi`` (0.1) and needs no data. Their strength c is
+            ``ewc_lambda / 2``.
+        ``"l2"``
+            1 for every parameter: the paper's baseline, without data.
+
+        Merging, penalty and all else are the same for each. The papers of MAS and SI keep the
+        latest anchor: ``anchor="latest"``; the default holds each task where it ended.
     impl
         Implementation of the in-place operations, see :mod:`ewc_fast._dispatch`.
 
@@ -60,7 +81,8 @@ class EWC:
     References
     ----------
     Kirkpatrick et al. 2017, https://doi.org/10.1073/pnas.1611835114; Schwarz et al. 2018,
-    https://arxiv.org/abs/1805.06370; Huszar 2018, https://arxiv.org/abs/1712.03847.
+    https://arxiv.org/abs/1805.06370; Huszar 2018, https://arxiv.org/abs/1712.03847; Aljundi et al.
+    2018, https://arxiv.org/abs/1711.09601; Zenke et al. 2017, https://arxiv.org/abs/1703.04200.
 
     Examples
     --------
@@ -80,13 +102,17 @@ class EWC:
         ewc_lambda: float,
         gamma: float = 1.0,
         anchor: Literal["merged", "latest"] = "merged",
+        importance: Literal["fisher", "mas", "si", "l2"] = "fisher",
         impl: Impl = "auto",
     ) -> None:
         _checks.one_of("anchor", anchor, ("merged", "latest"))
+        _checks.one_of("importance", importance, _checks.IMPORTANCES)
         _checks.impl(impl)
         self.ewc_lambda = ewc_lambda
         self.gamma = gamma
         self._rule = anchor
+        self._importance = importance
+        self._paths = PathIntegral() if importance == "si" else None
         self._impl = impl
         self._model = model if isinstance(model, nn.Module) else None
         self._springs: dict[str, Spring] = {}
@@ -141,6 +167,11 @@ class EWC:
         return dict(self._params)
 
     @property
+    def importance(self) -> str:
+        """What is measured of a task: ``"fisher"``, ``"mas"``, ``"si"`` or ``"l2"``."""
+        return self._importance
+
+    @property
     def tasks(self) -> int:
         """How many tasks have been consolidated."""
         return self._tasks
@@ -149,7 +180,9 @@ class EWC:
         values = sum(param.numel() for param in self._params.values())
         return (
             f"EWC(parameters={len(self._params)} ({values:,} values), tasks={self._tasks}, "
-            f"ewc_lambda={self.ewc_lambda:g}, gamma={self.gamma:g}, anchor={self._rule!r})"
+            f"ewc_lambda={self.ewc_lambda:g}, gamma={self.gamma:g}, anchor={self._rule!r}"
+            + ("" if self._importance == "fisher" else f", importance={self._importance!r}")
+            + ")"
         )
 
     # Each step: three ways to the same gradient
@@ -180,6 +213,14 @@ class EWC:
         return ActiveSprings(
             [self._params[n] for n in names], [self._springs[n] for n in names], self._impl
         )
+
+    def path_of(self, params: Iterable[Tensor]) -> ActivePath | None:
+        """Return what accumulates the tracked ones' paths (for optimizers); ``None`` but for SI."""
+        if self._paths is None:
+            return None
+        wanted = {id(param) for param in params}
+        tracked = [(name, p) for name, p in self._params.items() if id(p) in wanted]
+        return ActivePath(self._paths, tracked)
 
     @property
     def constant_penalty(self) -> float | Tensor:
@@ -230,27 +271,50 @@ class EWC:
 
     # After each task
 
-    def consolidate(self, batches: Iterable[Any], **fisher_options: Any) -> None:
-        """Measure the Fisher information at the current parameters and merge it; move the anchor.
+    def consolidate(self, batches: Iterable[Any] | None = None, **options: Any) -> None:
+        """Measure the importance at the current parameters and merge it; move the anchor.
 
-        ``batches`` and ``fisher_options`` are those of :func:`ewc_fast.fisher_diagonal`. New
-        parameters of the model (a new head, a head with more rows) are taken up first. If anything
-        raises, Fisher and anchor are as before.
+        New parameters of the model (a new head, a head with more rows) are taken up first. If
+        anything raises, importance and anchor are as before.
+
+        Parameters
+        ----------
+        batches
+            As :func:`ewc_fast.fisher_diagonal` takes them. ``importance="si"`` and ``"l2"`` need no
+            data and leave them unread, so that one loop serves all four.
+        options
+            Those of :func:`ewc_fast.fisher_diagonal`, or of
+            :func:`ewc_fast.importance.mas_importance`; ``xi`` for ``"si"``; none for ``"l2"``.
         """
+        self.consolidate_from(self._measured(batches, **options))
+
+    def _measured(self, batches: Iterable[Any] | None, **options: Any) -> Mapping[str, Tensor]:
+        if self._paths is not None:
+            self.track()
+            return self._paths.importance(self._params, **options)
+        if self._importance == "l2":
+            return uniform_importance(self._tracked(self._model), **options)
         if self._model is None:
             raise ValueError(
                 "consolidate needs the model, but this EWC was built from (name, parameter) pairs; "
                 "build it as EWC(model, ...), or compute the Fisher by "
                 "ewc_fast.fisher_diagonal and pass it to consolidate_from"
             )
-        self.consolidate_from(fisher_diagonal(self._model, batches, **fisher_options))
+        if batches is None:
+            raise TypeError(
+                f"batches: importance={self._importance!r} is measured on data of the task, got "
+                "none; pass its loader"
+            )
+        measure = fisher_diagonal if self._importance == "fisher" else mas_importance
+        return measure(self._model, batches, **options)
 
     @torch.no_grad()
     def consolidate_from(self, fisher: Mapping[str, Tensor]) -> None:
         """Merge a Fisher diagonal computed elsewhere, at the current parameters.
 
         ``fisher`` maps parameter names to tensors of the parameters' shapes, finite and >= 0: a
-        mean over samples of squared per-sample gradients. Frozen parameters may be missing.
+        mean over samples of squared per-sample gradients (or an importance of your own). Frozen
+        parameters may be missing. Paths of ``importance="si"`` end here, and begin anew.
 
         Raises
         ------
@@ -279,6 +343,8 @@ class EWC:
             self._constant = self.gamma * self._constant + constant.item()
         self._springs = springs | dict(zip(names, prior, strict=True))
         self._tasks += 1
+        if self._paths is not None:
+            self._paths.restart()
         self._use(params)
 
     def track(self, model: nn.Module | Iterable[tuple[str, nn.Parameter]] | None = None) -> None:
@@ -295,6 +361,8 @@ class EWC:
         """
         params = self._tracked(self._model if model is None else model)
         self._springs = self._fitting(params)
+        if self._paths is not None:
+            self._paths.fit(params)
         self._use(params)
 
     def _tracked(
@@ -328,6 +396,8 @@ class EWC:
     def to(self, device: torch.device | str) -> EWC:
         """Move Fisher and anchor to the device that the parameters were moved to."""
         self._springs = {name: spring.to(device) for name, spring in self._springs.items()}
+        if self._paths is not None:
+            self._paths.to(device)
         self._use(self._params)
         return self
 
@@ -342,12 +412,14 @@ class EWC:
             "ewc_lambda": self.ewc_lambda,
             "gamma": self.gamma,
             "rule": self._rule,
+            "importance": self._importance,
             "constant": self._constant,
             "tasks": self._tasks,
             **{
                 field: {name: getattr(s, field).detach() for name, s in self._springs.items()}
                 for field in _checks.STATE_FIELDS
             },
+            **({} if self._paths is None else self._paths.state_dict()),
         }
 
     @torch.no_grad()
@@ -357,9 +429,9 @@ class EWC:
         Raises
         ------
         ValueError
-            For a state that is truncated, of a newer format, or of another model (a name or shape
-            that this one lacks; with ``strict=False`` unknown names are kept for later). The
-            object is then as before.
+            For a state that is truncated, of a newer format, of another importance, or of another
+            model (a name or shape that this one lacks; with ``strict=False`` unknown names are
+            kept for later). The object is then as before.
         """
         self.check_state_dict(state, strict)
         springs = {}
@@ -374,11 +446,14 @@ class EWC:
         self._rule = state["rule"]
         self._constant, self._tasks = float(state["constant"]), int(state["tasks"])
         self._springs = springs
+        if self._paths is not None:
+            self._paths.load_state_dict(state, self._params)
         self._use(self._params)
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Raise what :meth:`load_state_dict` would raise, and change nothing."""
         _checks.ewc_state(state, self._params, strict=strict, newest=FORMAT)
+        _checks.state_importance(state, self._importance, self._params, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": None}

@@ -37,8 +37,8 @@ class HostRow(ctypes.Structure):
     """A row as tests/cuda_on_host/operations.cpp reads it."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p * 5),
-        ("step", ctypes.c_int64 * 5),
+        ("data", ctypes.c_void_p * 9),
+        ("step", ctypes.c_int64 * 9),
         ("numel", ctypes.c_int64),
         ("samples", ctypes.c_int64),
         ("sample_stride", ctypes.c_int64),

@@ -15,6 +15,8 @@ MODULES = [
     "ewc_fast.drift",
     "ewc_fast.fisher",
     "ewc_fast.flat",
+    "ewc_fast.importance.l2",
+    "ewc_fast.importance.mas",
     "ewc_fast.lora",
     "ewc_fast.functional",
 ] + [module.name for module in pkgutil.walk_packages(ewc_fast.fisher.__path__, "ewc_fast.fisher.")]

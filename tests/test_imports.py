@@ -20,21 +20,26 @@ MAY_IMPORT = {
     "_native": set(),
     "_triton": {"_checks"},
     "reference": set(),
+    "reference_steps": {"reference"},
     "_plan": {"_triton", "_checks", "_dispatch", "_native"},
     "_engine": {"_plan", "_triton", "_checks", "_dispatch", "_native", "reference"},
     "_ops": {"_engine", "_checks", "reference"},
     "products": {"_triton", "_engine", "_checks", "_dispatch", "_native", "reference"},
     "sums": {"_triton", "_dispatch", "reference"},
-    "functional": {"products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
+    "_steps": {"_engine", "_plan", "_checks", "_dispatch", "_native", "reference_steps"},
+    "steps": {"_steps", "_plan", "_checks", "_dispatch", "reference_steps"},
+    "functional": {"steps", "products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "_springs": {"functional", "_checks", "_dispatch", "_native"},
     "fisher": {"functional", "products", "sums", "_checks"},
     "flat": {"_checks", "_native"},
     "drift": {"_springs", "_checks"},
     "lora": {"_checks"},
-    "ewc": {"drift", "fisher", "functional", "_springs", "_checks", "_dispatch"},
-    "optim": {"ewc", "_springs", "_checks"},
+    "importance": {"fisher", "_checks"},
+    "ewc": {"drift", "fisher", "importance", "functional", "_springs", "_checks", "_dispatch"},
+    "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "demo": {"__init__"},
+    "integrations": {"__init__"},
     "cli": {"__init__", "demo", "_native", "_triton"},
     "__main__": {"cli"},
 }
@@ -118,6 +123,7 @@ def test_importing_the_package_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     heavy = {"triton", "matplotlib", "mlxtend", "tqdm", "torch._dynamo", "torch._inductor"}
+    heavy |= {"transformers", "accelerate", "lightning", "pytorch_lightning", "avalanche"}
     assert not heavy & {name.split(".")[0] for name in result.stdout.split()} | heavy & set(
         result.stdout.split()
     )

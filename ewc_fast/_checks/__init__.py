@@ -4,6 +4,8 @@ Everything here looks before anything is written: a call that raises has changed
 """
 
 from ewc_fast._checks.arguments import (
+    decay_rate,
+    finite,
     gamma,
     impl,
     non_negative,
@@ -12,6 +14,7 @@ from ewc_fast._checks.arguments import (
     seed,
 )
 from ewc_fast._checks.flat import flattenable, like_parameters
+from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
     Operand,
@@ -34,13 +37,16 @@ from ewc_fast._checks.parameters import (
 from ewc_fast._checks.products import squared_convolution, squared_product
 
 __all__ = [
+    "IMPORTANCES",
     "STATE_FIELDS",
     "Operand",
     "Operation",
     "TensorList",
     "as_list",
+    "decay_rate",
     "dense",
     "ewc_state",
+    "finite",
     "flattenable",
     "gamma",
     "grown_shape",
@@ -58,5 +64,6 @@ __all__ = [
     "squared_convolution",
     "squared_product",
     "state_dtype",
+    "state_importance",
     "trainable_parameters",
 ]

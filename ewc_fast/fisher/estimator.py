@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ewc_fast import _checks
-from ewc_fast.fisher.batches import call_model, read_batches, run_model, with_progress
+from ewc_fast.fisher.batches import call_model, read_batches, run_model
 from ewc_fast.fisher.isolation import left_as_it_was
 from ewc_fast.fisher.likelihoods import Likelihood
-from ewc_fast.fisher.passes import Pass
 from ewc_fast.fisher.recorder.trial import try_samples
 from ewc_fast.fisher.report import FisherDiagonal, FisherReport
+from ewc_fast.fisher.run import mean_over_samples
 from ewc_fast.fisher.scores import Estimator, Scores
 
 
@@ -120,18 +120,15 @@ def fisher_diagonal(
     >>> {name: tuple(values.shape) for name, values in fisher.items()}
     {'weight': (3, 4), 'bias': (3,)}
     """
-    scores = Scores(likelihood, estimator, draws, generator)
-    if max_samples is not None:
-        _checks.positive_integer("max_samples", max_samples)
-    params = _checks.trainable_parameters(model)
-    inside = getattr(model, "_orig_mod", model)  # a compiled module hides its operations
-    run = Pass(partial(run_model, forward or call_model, inside), params, scores, verify=verify)
-    device = next(iter(params.values())).device
-    with left_as_it_was(model), torch.enable_grad():
-        read = read_batches(batches, max_samples, device)
-        for batch in with_progress(read, batches, max_samples) if progress else read:
-            run.add(batch)
-    return run.mean()
+    return mean_over_samples(
+        model,
+        batches,
+        Scores(likelihood, estimator, draws, generator),
+        max_samples=max_samples,
+        forward=forward,
+        progress=progress,
+        verify=verify,
+    )
 
 
 def fisher_report(

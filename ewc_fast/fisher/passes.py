@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ewc_fast import functional
 from ewc_fast.fisher.batches import Batch
 from ewc_fast.fisher.recorder.graph import Graph
 from ewc_fast.fisher.recorder.plan import Kind, Plan, make_plan
 from ewc_fast.fisher.recorder.recorder import Recorder
 from ewc_fast.fisher.recorder.trial import Forward, Key, key_of, try_samples, watched, zeros_for
 from ewc_fast.fisher.report import NO_GRADIENT, RECORDED, FisherDiagonal, FisherReport
-from ewc_fast.fisher.scores import Scores
 
 BATCHES_IN_A_SUM = 256
 LARGE = 16 * 2**20  # bytes of a tensor, from which on the system's pages for it take longest
@@ -35,18 +34,35 @@ def parts_of(samples: int, bytes_a_sample: int) -> int:
     return max(1, samples // max(FEWEST_IN_A_PART, PART // bytes_a_sample))
 
 
+class SentBackward(Protocol):
+    """What is sent backward from a batch's outputs: for the Fisher, its scores."""
+
+    batched: bool  # whether the whole batch's gradient counts as one
+
+    def vectors(self, outputs: Tensor, batch: Batch) -> Iterable[Tensor]:
+        """Return vectors like the outputs, one row for each sample."""
+
+    def count(self, outputs: Tensor, batch: Batch) -> int:
+        """Return how many vectors there are."""
+
+    def samples(self, outputs: Tensor, batch: Batch) -> float:
+        """Return by how much the sums are divided for this batch."""
+
+
 class Pass:
-    """Sums of squares over batches."""
+    """Sums over batches of a power of per-sample gradients: squares, as ``recorder`` takes them."""
 
     def __init__(
         self,
         forward: Forward,
         params: Mapping[str, nn.Parameter],
-        scores: Scores,
+        scores: SentBackward,
         *,
         verify: bool,
+        recorder: type[Recorder] = Recorder,
     ) -> None:
         self._forward, self._params, self._scores, self._verify = forward, params, scores, verify
+        self._recorder = recorder
         self._on_cpu = next(iter(params.values())).device.type == "cpu"
         self._plans: dict[Key, Plan] = {}
         self._tried: set[Key] = set()  # graphs of batches whose first samples were tried
@@ -109,7 +125,7 @@ class Pass:
             self._try(batch)
             self._tried.add(key)
         plan = self._plans.get(key) or self._plan_of_its_own(graph, outputs, selected_from)
-        recorder = Recorder(graph, plan, outputs, self._params, self._sums)
+        recorder = self._recorder(graph, plan, outputs, self._params, self._sums)
         if plan.slow or plan.dormant or recorder.unresolved:
             vectors = list(vectors)  # needed again for each sample
         recorder.add(vectors, self._scores.count(outputs, batch))
@@ -124,7 +140,9 @@ class Pass:
             self._add_gradients(slow, sample, [vector[n : n + 1] for vector in vectors])
 
     def _try(self, batch: Batch) -> None:
-        key, plan = try_samples(self._forward, batch, self._params, verify=self._verify)
+        key, plan = try_samples(
+            self._forward, batch, self._params, verify=self._verify, recorder=self._recorder
+        )
         self._plans[key] = plan
 
     def _plan_of_its_own(self, graph: Graph, outputs: Tensor, selected_from: int | None) -> Plan:
@@ -141,7 +159,7 @@ class Pass:
         return plan
 
     def _add_gradients(self, names: set[str], outputs: Tensor, vectors: Iterable[Tensor]) -> None:
-        """Add the squares of gradients formed as usual: of one sample, or of a whole batch."""
+        """Add the powers of gradients formed as usual: of one sample, or of a whole batch."""
         if not outputs.requires_grad:
             return
         chosen = [name for name in self._params if name in names]
@@ -155,7 +173,7 @@ class Pass:
             )
             pairs = zip(chosen, grads, strict=True)
             found = {name: grad.to_dense() for name, grad in pairs if grad is not None}
-            functional.accumulate_square_([self._sums[name] for name in found], [*found.values()])
+            self._recorder.add_formed([self._sums[name] for name in found], [*found.values()])
             self._note(dict.fromkeys(found, RECORDED))
 
     def _note(self, ways: Mapping[str, str]) -> None:

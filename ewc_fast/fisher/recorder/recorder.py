@@ -30,6 +30,18 @@ BYTES_AT_ONCE = 4 * 2**20  # of per-sample gradients that are formed: what a cac
 class Recorder:
     """The backward passes over one batch's graph."""
 
+    power = 2  # of the per-sample gradients that is added up; see also absolute.py
+
+    @staticmethod
+    def add_formed(sums: list[Tensor], gradients: list[Tensor]) -> None:
+        """Add the power of gradients that are already there: of one sample, say."""
+        functional.accumulate_square_(sums, gradients)
+
+    @staticmethod
+    def subtract_formed(total: Tensor, gradient: Tensor) -> None:
+        """Take off the power of one sample's gradient."""
+        total.addcmul_(gradient, gradient, value=-1)
+
     def __init__(
         self,
         graph: Graph,

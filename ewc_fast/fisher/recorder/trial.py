@@ -37,7 +37,12 @@ def key_of(graph: Graph, selected_from: int | None) -> Key:
 
 
 def try_samples(
-    forward: Forward, batch: Batch, params: Mapping[str, Tensor], *, verify: bool
+    forward: Forward,
+    batch: Batch,
+    params: Mapping[str, Tensor],
+    *,
+    verify: bool,
+    recorder: type[Recorder] = Recorder,
 ) -> tuple[Key, Plan]:
     """Return a plan made on a batch's first samples, and the key of the batches it holds for."""
     few = batch.samples(0, SAMPLES_TRIED)
@@ -46,7 +51,7 @@ def try_samples(
         return key_of(graph, watch.selected_from), Plan(unused=set(params))
     plan = make_plan(graph, outputs, params, watch.selected_from)
     if verify:
-        _verify(plan, graph, outputs, forward, few, params)
+        _verify(recorder, plan, graph, outputs, forward, few, params)
     return key_of(graph, watch.selected_from), plan
 
 
@@ -59,6 +64,7 @@ def zeros_for(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _verify(
+    kind: type[Recorder],
     plan: Plan,
     graph: Graph,
     outputs: Tensor,
@@ -66,11 +72,11 @@ def _verify(
     batch: Batch,
     params: Mapping[str, Tensor],
 ) -> None:
-    """Distrust what differs from single samples' own gradients, squared; raise if samples mix."""
+    """Distrust what differs from single samples' own gradients; raise if samples mix."""
     probe = torch.Generator().manual_seed(2)
     vector = torch.randn(outputs.shape, generator=probe, dtype=torch.float64).to(outputs)
     left = zeros_for(params)  # what was recorded, less what single samples give
-    recorder = Recorder(graph, plan, outputs, params, left)
+    recorder = kind(graph, plan, outputs, params, left)
     recorder.add([vector], 1)
     plan.keeps_graph = recorder.had_to_wait
     largest = {name: _largest(values) for name, values in left.items()}
@@ -84,13 +90,13 @@ def _verify(
         for values, grad in zip(left.values(), grads, strict=True):
             if grad is not None:
                 grad = grad.to_dense().to(values.dtype)  # embeddings may give sparse ones
-                values.addcmul_(grad, grad, value=-1)
+                kind.subtract_formed(values, grad)
         del grads
     most = max(filter(math.isfinite, largest.values()), default=0.0)
     for name, values in left.items():
         epsilon = torch.finfo(coarsest.get(name, params[name].dtype)).eps
-        # A gradient that is 0 by cancellation keeps roundings of its terms, squared.
-        cancelled = (CANCELLED * epsilon) ** 2 * most
+        # A gradient that is 0 by cancellation keeps roundings of its terms.
+        cancelled = (CANCELLED * epsilon) ** kind.power * most
         difference = _largest(values)
         allowed = _tolerance(epsilon) * max(largest[name], difference) + cancelled
         right = difference <= allowed  # false for NaN

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ewc_fast import _checks
 from ewc_fast._springs import ActiveSprings
 from ewc_fast.ewc import EWC
+from ewc_fast.importance import ActivePath
+from ewc_fast.optim.arguments import check_ewc, check_mode
 
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -54,6 +55,11 @@ class EWCOptimizer(Optimizer):
     (``fullgraph=True``) where it takes the inner optimizer's step so: PyTorch's own break the
     graph, though nothing of EWC's does. New values of lambda recompile nothing; a consolidation
     recompiles once. A CUDA graph captures a step with the lambda of its capture.
+
+    With ``EWC(importance="si")`` each step adds to the path integral: the task's gradient as it is
+    when ``step()`` begins (clipped, say, but without the penalty) times the way that the parameters
+    then go (all of it: moments, decay and penalty). With a closure that is evaluated several times
+    a step, each evaluation's gradient counts for the way to the next.
 
     ``state_dict()`` is the inner optimizer's with one more key, ``"ewc"``: whatever saves the
     optimizer saves Fisher and anchor. Either can load the other's: a plain optimizer ignores the
@@ -98,21 +104,13 @@ class EWCOptimizer(Optimizer):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        if not isinstance(ewc, EWC):
-            raise TypeError(f"ewc: expected an ewc_fast.EWC, got {type(ewc).__name__}")
-        _checks.one_of("mode", mode, ("gradient", "proximal"))
+        check_mode(mode)
         if mode == "gradient" and any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError(
                 "optimizer: maximize=True would turn the penalty's gradient around and push away "
                 "from the anchor; minimize the negative instead, or use mode='proximal'"
             )
-        ewc.track()
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, ewc.parameters.values())):
-            raise ValueError(
-                "optimizer: holds none of the parameters that ewc tracks; build both from the "
-                "same model, after moving it to its device"
-            )
+        check_ewc(ewc, optimizer.param_groups)
         # Not Optimizer.__init__, which would make groups and state of its own.
         self.__setstate__({"optimizer": optimizer, "ewc": ewc, "mode": mode})
 
@@ -123,6 +121,7 @@ class EWCOptimizer(Optimizer):
         super().__setstate__(state)
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
+        self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
         self._last_step = _LastStep()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,23 +181,36 @@ class EWCOptimizer(Optimizer):
 
         ``last_penalty`` then holds the penalty before the step (``mode="gradient"`` only).
         """
+        result = self._inner_step(closure)
         if self.mode == "proximal":
-            result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
             for group, springs in zip(self.param_groups, self._current_springs(), strict=True):
                 springs.proximal_step_(self.ewc.strength, group["lr"])
-            return result
-        if closure is None:
-            self._add_penalty_grad_()
-            return self.optimizer.step()
-        return self.optimizer.step(lambda: self._penalised(closure))
+        path = self._current_path()
+        if path is not None:
+            path.end()
+        return result
 
-    def _penalised(self, closure: Callable[[], Any]) -> Any:
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Step the inner optimizer; with ``mode="gradient"`` on gradients that have the penalty."""
+        if closure is not None:
+            return self.optimizer.step(lambda: self._evaluated(closure))
+        self._gradients_are_there()
+        return self.optimizer.step()
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
-        penalty = self._add_penalty_grad_()
-        if isinstance(loss, Tensor):
-            return loss + penalty.to(loss)
-        return None if loss is None else loss + penalty.item()
+        penalty = self._gradients_are_there()
+        if penalty is None or loss is None:
+            return loss
+        return loss + (penalty.to(loss) if isinstance(loss, Tensor) else penalty.item())
+
+    def _gradients_are_there(self) -> Tensor | None:
+        """Begin the task's paths, and add the penalty to the gradients if that is the mode."""
+        path = self._current_path()
+        if path is not None:
+            path.begin()
+        return self._add_penalty_grad_() if self.mode == "gradient" else None
 
     def _add_penalty_grad_(self) -> Tensor:
         (springs,) = self._current_springs()
@@ -222,6 +234,17 @@ class EWCOptimizer(Optimizer):
         if not compiling:  # see EWC._active
             self._springs, self._built_for = springs, now
         return springs
+
+    def _current_path(self) -> ActivePath | None:
+        """Return what accumulates the path integral, if this EWC measures that."""
+        if self.ewc.importance != "si":
+            return None
+        groups = [group["params"] for group in self.param_groups]
+        now = (self.ewc.version, *map(len, groups))
+        if now != self._path[0]:
+            params = [param for params in groups for param in params]
+            self._path = now, self.ewc.path_of(params)
+        return self._path[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state with the EWC's under the key ``"ewc"``."""

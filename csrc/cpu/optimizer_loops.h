@@ -1,0 +1,193 @@
+// The loops of the optimizers' steps. Included by steps_*.cpp, each compiled for its own vector
+// level; internal linkage throughout (see loops.h).
+//
+// One pass over memory: a step goes block by block. Operands in the dtype that is computed with are
+// used where they lie; others are converted to a buffer in the first-level cache and back. So there
+// is one loop for all combinations of dtypes.
+//
+// Compiled without contraction to FMA: products and sums are rounded each, as in PyTorch and on the
+// GPU, and every level gives the same bits. Memory is the limit.
+#pragma once
+
+#include "half.h"
+#include "optimizer_kernels.h"
+#include "sums.h"
+
+namespace ewc_fast::cpu {
+namespace {
+
+constexpr std::int64_t kBlock = 512;  // eight operands of float: 16 KB
+
+template <class C>
+using Buffer = C[kBlock];
+
+// n elements as C: where they lie, or converted to the buffer.
+template <class C>
+C* staged(void* data, DType dtype, std::int64_t begin, std::int64_t n, C* __restrict buffer) {
+  if (data == nullptr) return nullptr;
+  const auto convert = [&](auto* from) {
+    for (std::int64_t i = 0; i < n; ++i) buffer[i] = load(from[begin + i]);
+    return buffer;
+  };
+  if (dtype == DType::bfloat16) return convert(static_cast<const bfloat16*>(data));
+  if (dtype == DType::float16) return convert(static_cast<const float16*>(data));
+  return static_cast<C*>(data) + begin;
+}
+
+// Writes n elements back, unless they lie there already.
+template <class C>
+void keep(void* data, DType dtype, std::int64_t begin, std::int64_t n, const C* __restrict values) {
+  const auto convert = [&](auto* to) {
+    for (std::int64_t i = 0; i < n; ++i) store(to[begin + i], values[i]);
+  };
+  if (dtype == DType::bfloat16) return convert(static_cast<bfloat16*>(data));
+  if (dtype == DType::float16) return convert(static_cast<float16*>(data));
+  if (static_cast<C*>(data) + begin != values) convert(static_cast<C*>(data));
+}
+
+template <class C>
+void keep_by_chance(void* data, std::int64_t begin, std::int64_t n, const C* __restrict values,
+                    Rounding rounding) {
+  bfloat16* to = static_cast<bfloat16*>(data) + begin;
+  const std::uint32_t first = rounding.element + static_cast<std::uint32_t>(begin);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t random = random_bits(rounding.seed, first + static_cast<std::uint32_t>(i));
+    store_stochastically(to[i], static_cast<float>(values[i]), random);
+  }
+}
+
+enum class Springs { none, gradient, proximal };
+
+// One block's operands as C.
+template <class C>
+struct Block {
+  std::int64_t length;
+  C* theta;
+  const C *grad, *fisher, *anchor;
+  C *first, *second, *largest;
+  C sign, weight_decay, ewc_lambda, eta_lambda;
+};
+
+// Takes the step of every element: springs and weight decay here, update(i, gradient, theta) is
+// what the optimizer makes of them. Returns sum lambda F (theta - a)^2, added up in a loop of its
+// own: beside the update compilers would vectorise neither.
+template <class C, Springs springs, class Update>
+double walk(const Block<C> block, Update update) {
+  alignas(64) Buffer<C> terms;
+#pragma GCC ivdep  // operands lie apart, each at its own place in the row
+  for (std::int64_t i = 0; i < block.length; ++i) {
+    const C theta = block.theta[i];
+    C grad = signed_gradient(block.sign, block.grad[i]);
+    if constexpr (springs != Springs::none) {
+      const C distance = theta - block.anchor[i];
+      const C pull = penalty_gradient(block.ewc_lambda, block.fisher[i], distance);
+      terms[i] = pull * distance;
+      if constexpr (springs == Springs::gradient) grad = grad + pull;
+    }
+    C moved = update(i, decayed_gradient(block.weight_decay, grad, theta), theta);
+    if constexpr (springs == Springs::proximal)
+      moved = proximal(block.eta_lambda * block.fisher[i], moved, block.anchor[i]);
+    block.theta[i] = moved;
+  }
+  if constexpr (springs == Springs::none) return 0;
+  return sum_terms<C>(block.length, [&](std::int64_t i) { return terms[i]; });
+}
+
+// Goes through a chunk block by block. `update_of(block)` returns what walk() calls.
+template <class C, Springs springs, class UpdateOf>
+double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_decay,
+                   UpdateOf update_of) {
+  alignas(64) Buffer<C> theta, grad, fisher, first, second, largest;
+  const DType state = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
+  const auto& data = chunk.data;
+  double sum = 0;
+  for (std::int64_t begin = 0; begin < chunk.length; begin += kBlock) {
+    const std::int64_t n = chunk.length - begin < kBlock ? chunk.length - begin : kBlock;
+    const auto stage = [&](StepOperand operand, DType dtype, C* buffer) {
+      return staged<C>(data[operand], dtype, begin, n, buffer);
+    };
+    const Block<C> block{n,
+                         data[kStepMaster] != nullptr ? stage(kStepMaster, state, theta)
+                                                      : stage(kStepParam, chunk.param, theta),
+                         stage(kStepGrad, chunk.param, grad),
+                         stage(kStepFisher, chunk.fisher, fisher),
+                         stage(kStepAnchor, state, nullptr),
+                         stage(kStepFirst, chunk.moments, first),
+                         stage(kStepSecond, chunk.moments, second),
+                         stage(kStepLargest, chunk.moments, largest),
+                         options.maximize ? C(-1) : C(1),
+                         weight_decay,
+                         static_cast<C>(options.ewc_lambda),
+                         static_cast<C>(options.lr * options.ewc_lambda)};
+    sum += walk<C, springs>(block, update_of(block));
+    if (options.by_chance && chunk.param == DType::bfloat16)
+      keep_by_chance(data[kStepParam], begin, n, block.theta, chunk.rounding);
+    else
+      keep(data[kStepParam], chunk.param, begin, n, block.theta);
+    const auto keep_moment = [&](StepOperand operand, const C* values) {
+      if (values != nullptr) keep(data[operand], chunk.moments, begin, n, values);
+    };
+    keep_moment(kStepFirst, block.first);
+    keep_moment(kStepSecond, block.second);
+    keep_moment(kStepLargest, block.largest);
+  }
+  return sum;
+}
+
+template <class C, class UpdateOf>
+double over_chunk(const StepChunk& chunk, const StepOptions& options, C weight_decay,
+                  UpdateOf update_of) {
+  if (chunk.data[kStepFisher] == nullptr)
+    return over_blocks<C, Springs::none>(chunk, options, weight_decay, update_of);
+  if (options.proximal)
+    return over_blocks<C, Springs::proximal>(chunk, options, weight_decay, update_of);
+  return over_blocks<C, Springs::gradient>(chunk, options, weight_decay, update_of);
+}
+
+template <class C, bool amsgrad>
+double adam_chunk(const StepChunk& chunk, const AdamOptions& options, const AdamStep<C> step) {
+  return over_chunk<C>(chunk, options, step.weight_decay, [=](const Block<C>& block) {
+    return [=, first = block.first, second = block.second, largest = block.largest](
+               std::int64_t i, C grad, C theta) __attribute__((always_inline)) {
+      const C new_first = first[i] = adam_first_moment(step, first[i], grad);
+      const C new_second = second[i] = adam_second_moment(step, second[i], grad);
+      if constexpr (!amsgrad) return adam_param(step, theta, new_first, new_second);
+      const C new_largest = largest[i] = larger_or_nan(largest[i], new_second);
+      return adam_param(step, theta, new_first, new_largest);
+    };
+  });
+}
+
+template <class C>
+double adam(const StepChunk& chunk, const AdamOptions& options, double power1, double power2) {
+  const AdamStep<C> step = adam_step_of<C>(options, power1, power2);
+  return chunk.data[kStepLargest] != nullptr ? adam_chunk<C, true>(chunk, options, step)
+                                             : adam_chunk<C, false>(chunk, options, step);
+}
+
+template <class C, bool momentum>
+double sgd_chunk(const StepChunk& chunk, const SgdOptions& options, const SgdStep<C> step) {
+  return over_chunk<C>(chunk, options, step.weight_decay, [=](const Block<C>& block) {
+    return [=, buffers = block.first](std::int64_t i, C grad, C theta)
+               __attribute__((always_inline)) {
+                 if constexpr (!momentum) return sgd_param(step, theta, grad, grad);
+                 const C buffer = buffers[i] = sgd_buffer(step, buffers[i], grad);
+                 return sgd_param(step, theta, grad, buffer);
+               };
+  });
+}
+
+template <class C>
+double sgd(const StepChunk& chunk, const SgdOptions& options) {
+  const SgdStep<C> step = sgd_step_of<C>(options);
+  return chunk.data[kStepFirst] != nullptr ? sgd_chunk<C, true>(chunk, options, step)
+                                           : sgd_chunk<C, false>(chunk, options, step);
+}
+
+}  // namespace
+}  // namespace ewc_fast::cpu
+
+#define EWC_FAST_STEP_KERNELS                                \
+  {                                                          \
+    {adam<float>, adam<double>}, { sgd<float>, sgd<double> } \
+  }
