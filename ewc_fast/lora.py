@@ -102,6 +102,11 @@ class LoRAPenalty:
     """
 
     def __init__(self, deltas: Mapping[str, LowRankDelta], *, ewc_lambda: float) -> None:
+        if not isinstance(deltas, Mapping):
+            raise TypeError(
+                f"deltas: expected LowRankDelta by layer name, got {type(deltas).__name__}; pass "
+                "what lora_deltas returns, or {'layer': LowRankDelta(A, B, scaling, fisher)}"
+            )
         self._deltas = dict(deltas)
         self.ewc_lambda = ewc_lambda
 

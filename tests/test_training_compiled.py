@@ -17,9 +17,20 @@ from training import batch, consolidated, gradients, loss, same
 
 from ewc_fast import EWCOptimizer
 
+each_device = pytest.mark.parametrize(  # not the fixture, whose mode would be compiled as well
+    "device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+)
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def scene_on(device, batches):
+    """Return a model, its EWC and data, all on a device."""
+    with torch.device(device):
+        model, ewc = consolidated()
+        return model, ewc, [batch(model) for _ in range(batches)]
+
+
+@each_device
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"),
     reason="this PyTorch traces no backward pass",
@@ -33,12 +44,12 @@ def test_one_graph_serves_all_steps_and_every_lambda(device):
     assert result.stdout.split() == [*WAYS]
 
 
+@each_device
 def test_a_consolidation_recompiles_once(device):
     """A new task is new springs; their graph then serves all steps of that task."""
     torch._dynamo.reset()
-    model, ewc = consolidated()
+    model, ewc, (one,) = scene_on(device, 1)
     plain, by_hand = copy.deepcopy((model, ewc))
-    one = batch(model)
     for each in (model, plain):
         loss(each, one).backward()  # gradients that are not there yet are another graph
     graphs = []
@@ -53,7 +64,6 @@ def test_a_consolidation_recompiles_once(device):
             ewc.ewc_lambda = by_hand.ewc_lambda = strength
             assert step().item() == by_hand.add_penalty_grad_().item()
         assert len(graphs) <= 1 + task
-        one = batch(model)
         ewc.consolidate([one])
         by_hand.consolidate([one])
     assert same(gradients(model), gradients(plain))
@@ -66,6 +76,7 @@ INNER = {
 }
 
 
+@each_device
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER.keys())
 def test_around_pytorchs_optimizers_nothing_recompiles_that_would_not_without(inner, mode, device):
@@ -75,14 +86,14 @@ def test_around_pytorchs_optimizers_nothing_recompiles_that_would_not_without(in
         torch.manual_seed(0)
         torch._dynamo.reset()
         counters.clear()
-        model, ewc = consolidated()
+        model, ewc, data = scene_on(device, len(STRENGTHS))
         optimizer = inner(model.parameters())
         optimizer = EWCOptimizer(optimizer, ewc, mode=mode) if wrap else optimizer
         step, graphs = torch.compile(lambda: optimizer.step(), backend="aot_eager"), []
-        for strength in STRENGTHS:
+        for strength, one in zip(STRENGTHS, data, strict=True):
             ewc.ewc_lambda = strength
             optimizer.zero_grad()
-            loss(model, batch(model)).backward()
+            loss(model, one).backward()
             step()
             graphs.append(counters["stats"]["unique_graphs"])
         return [now - graphs[1] for now in graphs[2:]]  # the second step finds state
@@ -91,17 +102,17 @@ def test_around_pytorchs_optimizers_nothing_recompiles_that_would_not_without(in
     torch._dynamo.reset()
 
 
+@each_device
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 def test_a_compiled_model_is_anchored_like_any_other(mode, device):
-    model, ewc = consolidated()
+    model, ewc, data = scene_on(device, 3)
     plain, by_hand = copy.deepcopy((model, ewc))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for one_model, forward, one_ewc in ((model, compiled, ewc), (plain, plain, by_hand)):
-        torch.manual_seed(1)
         optimizer = EWCOptimizer(optim.SGD(one_model.parameters(), lr=0.05), one_ewc, mode=mode)
-        for one in [batch(one_model) for _ in range(3)]:
+        for inputs, targets in data:
             optimizer.zero_grad()
-            cross_entropy(forward(one[0]), one[1]).backward()
+            cross_entropy(forward(inputs), targets).backward()
             optimizer.step()
     assert_near(model, plain, 3)
 

@@ -24,7 +24,7 @@ _SHARED_HOOKS = (
 
 
 @dataclass
-class _Trace:
+class _LastStep:
     """What a step leaves behind: apart, as compiled code sets no attributes of optimizers."""
 
     penalty: Tensor | None = None
@@ -122,7 +122,7 @@ class EWCOptimizer(Optimizer):
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
         self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
-        self._trace = _Trace()
+        self._last_step = _LastStep()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "ewc": self.ewc, "mode": self.mode}
@@ -137,7 +137,7 @@ class EWCOptimizer(Optimizer):
     @property
     def last_penalty(self) -> Tensor | None:
         """The penalty before the last step; None before the first, and in ``mode="proximal"``."""
-        return self._trace.penalty
+        return self._last_step.penalty
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -216,7 +216,7 @@ class EWCOptimizer(Optimizer):
         (springs,) = self._current_springs()
         constant = self.ewc.constant_penalty
         penalty = springs.add_penalty_grad_(self.ewc.strength, constant)
-        self._trace.penalty = penalty
+        self._last_step.penalty = penalty
         return penalty
 
     def _current_springs(self) -> list[ActiveSprings]:
