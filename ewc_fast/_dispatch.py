@@ -27,7 +27,8 @@ state                       what applies it
                             decoded to float32 by PyTorch
 8-bit Fisher, on a GPU      pieces decoded to float32 by PyTorch, for all operations
 kept on the CPU             pieces copied to the parameters' device, and decoded if of 8 bits
-any, in a merge             as above; state kept on the CPU merges there, by ``"auto"``
+any, in a merge             as above; state kept on the CPU merges there (``"auto"`` for
+                            ``"cuda"`` and ``"triton"``)
 ==========================  ==================================================================
 
 *Dense* means: all operands of a row have the same strides and fill their storage, in any order of

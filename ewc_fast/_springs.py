@@ -124,14 +124,16 @@ def merge_(
     latest: bool,
     gamma: float,
     impl: Impl,
+    on_cpu: bool,
 ) -> float:
     """Merge a new task's springs into these; return the constant that it leaves.
 
-    State that is kept on the CPU is merged there, by what ``impl="auto"`` chooses. Fishers in 8
-    bits are decoded, merged and encoded one by one.
+    State that is kept on the CPU (``on_cpu``) is merged there, for implementations of GPUs by what
+    ``"auto"`` chooses. Fishers in 8 bits are decoded, merged and encoded one by one.
     """
-    elsewhere = any(s.anchor.device != p.device for s, p in zip(springs, params, strict=True))
-    impl = "auto" if elsewhere else impl
+    if on_cpu:
+        params = [param.detach().cpu() for param in params]
+        impl = "auto" if impl in ("cuda", "triton") else impl
     rows = list(zip(springs, new_fisher, params, strict=True))
     plain = [row for row in rows if row[0].scales is None]
     constant = _merge_rows_(plain, latest, gamma, impl) if plain else 0.0
@@ -151,7 +153,7 @@ def _merge_rows_(
     springs = [spring for spring, _, _ in rows]
     fisher, anchor = [s.fisher for s in springs], [s.anchor for s in springs]
     new = [new.to(spring.anchor) for spring, new, _ in rows]
-    at = [param.detach().to(spring.anchor.device) for spring, _, param in rows]
+    at = [param.detach() for _, _, param in rows]
     if latest:
         functional.merge_online_(fisher, anchor, new, at, gamma=gamma, impl=impl)
         return 0.0

@@ -380,6 +380,7 @@ class EWC:
             latest=self._rule == "latest",
             gamma=self.gamma,
             impl=self._impl,
+            on_cpu=self._storage.on_cpu,
         )
         self._constant = self.gamma * self._constant + constant
         self._springs = springs | dict(zip(names, prior, strict=True))
