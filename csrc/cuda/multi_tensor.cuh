@@ -166,9 +166,9 @@ inline int device_of(const Table& table) {
   return device;
 }
 
-// Runs the operation over all rows; returns the number of blocks. The device must be current.
-template <template <class> class Operation>
-std::int64_t launch_all(const char* name, const Table& table, double coefficient, Run run,
+// Runs the operation, made of its settings, over all rows; returns the number of blocks. The device must be current.
+template <template <class> class Operation, class Settings>
+std::int64_t launch_all(const char* name, const Table& table, const Settings& settings, Run run,
                         double* partial) {
   std::int64_t blocks = 0;
   for_each_types([&](DType dtype, bool half_fisher, auto types) {
@@ -179,7 +179,7 @@ std::int64_t launch_all(const char* name, const Table& table, double coefficient
       return row.dtype == dtype && (row.fisher == DType::bfloat16) == half_fisher;
     };
     const auto rows = std::count_if(table.rows.begin(), table.rows.end(), belongs);
-    const Op op(coefficient);
+    const Op op(settings);
     if (rows > kFewRows)
       blocks += launch_over<Op, most>(name, table, op, run, after(partial, blocks), belongs);
     else if (rows > 0)
@@ -188,10 +188,10 @@ std::int64_t launch_all(const char* name, const Table& table, double coefficient
   return blocks;
 }
 
-template <template <class> class Operation>
-void for_rows(const char* name, const Table& table, double coefficient, Run run) {
+template <template <class> class Operation, class Settings>
+void for_rows(const char* name, const Table& table, const Settings& settings, Run run) {
   const DeviceGuard guard(device_of(table));
-  launch_all<Operation>(name, table, coefficient, run, nullptr);
+  launch_all<Operation>(name, table, settings, run, nullptr);
 }
 
 // The same, and run.memory[0] = factor * (the sum over all elements).

@@ -22,10 +22,13 @@ CHUNK = 16384
 """Elements that one program works on."""
 
 OPERANDS = 5
-"""Addresses in a record; operations with fewer repeat their last one."""
+"""Addresses in a record at least; operations with fewer repeat their last one."""
 
-NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, COLUMNS = range(OPERANDS, OPERANDS + 6)
-"""Columns of a record behind the addresses, and how many there are in all."""
+NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, FIRST_ADDRESS = range(6)
+"""Columns of a record before the addresses, and where these begin."""
+
+COLUMNS = FIRST_ADDRESS + OPERANDS
+"""Columns of a record of an operation with no more operands than that."""
 
 
 class Row(NamedTuple):
@@ -155,7 +158,7 @@ class Table:
         )
 
     def _record(self, row: int) -> list[int]:
-        return [*_padded(self._addresses[row]), *self.rows[row], self._aligned.get(row, 0)]
+        return [*self.rows[row], self._aligned.get(row, 0), *_padded(self._addresses[row])]
 
     def _is_aligned(self, row: int, launch: Launch) -> int:
         """Whether threads can move whole vectors of every operand: 1 or 0."""
