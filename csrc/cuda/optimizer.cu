@@ -1,0 +1,356 @@
+// Steps of Adam (AdamW, amsgrad) and SGD with the penalty inside: every operand is moved once.
+//
+// Bytes an element, all operands float: Adam reads g, theta, m, v and writes theta, m, v: 28, and 8
+// more with springs (F, a): 36, where the penalty and then the optimizer take 20 + 28. amsgrad 8
+// more. SGD 12, with momentum 20, with springs 28. Parameters and gradients of 16 bits save 6;
+// with a master copy theta is read and written there and the parameter only written: 2 more. A
+// bfloat16 Fisher saves 2, moments of 16 bits 4 each. Adam does some 30 operations an element with
+// two divisions and a square root, where an H200 has time for 200 while it moves 36 bytes.
+//
+// What a step lacks has no address. All rows of a launch lack the same, mostly, and all threads of a
+// block do, so the branches cost next to nothing; an instance for each of the combinations would
+// make 32 times as many. All loads of a step come before its arithmetic and are in flight at once.
+#include <cmath>
+
+#include "../optimizer.h"
+#include "multi_tensor.cuh"
+
+namespace ewc_fast::cuda {
+namespace {
+
+// Moments are of the parameters' dtype or, beside 16-bit parameters, float.
+template <class Param, class Fisher, class Moment>
+struct StepTypes : Types<Param, Fisher> {
+  using M = Moment;
+};
+
+// Calls visit(dtype of the parameters, of the Fisher, of the moments, types) for every instance.
+template <class Visit>
+void for_each_step_types(Visit visit) {
+  using bf16 = __nv_bfloat16;
+  constexpr DType f32 = DType::float32, b16 = DType::bfloat16, f16 = DType::float16;
+  visit(f32, f32, f32, StepTypes<float, float, float>{});
+  visit(DType::float64, DType::float64, DType::float64, StepTypes<double, double, double>{});
+  visit(f32, b16, f32, StepTypes<float, bf16, float>{});
+  visit(b16, f32, f32, StepTypes<bf16, float, float>{});
+  visit(b16, b16, f32, StepTypes<bf16, bf16, float>{});
+  visit(b16, f32, b16, StepTypes<bf16, float, bf16>{});
+  visit(b16, b16, b16, StepTypes<bf16, bf16, bf16>{});
+  visit(f16, f32, f32, StepTypes<__half, float, float>{});
+  visit(f16, b16, f32, StepTypes<__half, bf16, float>{});
+  visit(f16, f32, f16, StepTypes<__half, float, __half>{});
+  visit(f16, b16, f16, StepTypes<__half, bf16, __half>{});
+}
+
+// Adam's moments are the first, the second and the largest second; SGD's only one is its buffer.
+template <class Types, int Moments>
+struct StepRow {
+  using T = typename Types::T;
+  using F = typename Types::F;
+  using M = typename Types::M;
+  using C = typename Types::C;
+
+  T* param;
+  const T* grad;
+  const F* fisher;
+  const C* anchor;
+  C* master;
+  M* moments[Moments];
+  const AdamStep<double>* coefficients;
+  std::uint32_t seed;
+};
+
+template <class OfRow>
+OfRow step_row(const ewc_fast::Row& row, std::uint32_t seed) {
+  OfRow made{row.at<typename OfRow::T>(kStepParam, 0),
+             row.at<typename OfRow::T>(kStepGrad, 0),
+             row.at<typename OfRow::F>(kStepFisher, 0),
+             row.at<typename OfRow::C>(kStepAnchor, 0),
+             row.at<typename OfRow::C>(kStepMaster, 0),
+             {},
+             nullptr,
+             seed};
+  int operand = kStepFirst;
+  for (auto& moment : made.moments) moment = row.at<typename OfRow::M>(operand++, 0);
+  return made;
+}
+
+template <class Access, class T>
+__device__ void load_if_there(Access access, const T* from, Pack<T, Access::N>& pack) {
+  if (from != nullptr) pack = access.load(from);
+}
+template <class Access, class T>
+__device__ void store_if_there(Access access, T* to, const Pack<T, Access::N>& pack) {
+  if (to != nullptr) access.store(to, pack);
+}
+
+// Where the learning rate is: with the caller, or in a tensor on the device, so that a CUDA graph
+// reads at each replay what stands there then.
+struct LearningRate {
+  double number;
+  DeviceNumber there;
+
+  __device__ double operator()() const {
+    if (there.address == nullptr) return number;
+    if (there.dtype == DType::float64) return *static_cast<const double*>(there.address);
+    return *static_cast<const float*>(there.address);
+  }
+};
+
+// What both optimizers do around their own update of an element.
+template <class C>
+struct Around {
+  C sign, ewc_lambda;
+  C strength = 0;  // eta lambda
+  bool proximal, by_chance;
+
+  explicit Around(const StepOptions& options)
+      : sign(options.maximize ? C(-1) : C(1)),
+        ewc_lambda(static_cast<C>(options.ewc_lambda)),
+        proximal(options.proximal),
+        by_chance(options.by_chance) {}
+
+  template <class T>
+  __device__ void store(T& param, C theta, std::uint32_t seed, std::int64_t element) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (by_chance) return keep(param, theta, seed, element);
+    }
+    param = static_cast<T>(theta);
+  }
+
+  // `update` returns the new theta of an element from the old one and its gradient, and moves its
+  // moments on.
+  template <class Row, class Access, class Update>
+  __device__ void step(const Row& row, Access access, const Update& update, C& sum) const {
+    constexpr int N = Access::N, kMoments = Update::kMoments;
+    Pack<typename Row::T, N> param;
+    Pack<typename Row::F, N> fisher;
+    Pack<C, N> anchor, master;
+    Pack<typename Row::M, N> moments[kMoments];
+    const auto grad = access.load(row.grad);
+    if (row.master == nullptr) param = access.load(row.param);
+    load_if_there(access, row.master, master);
+    load_if_there(access, row.fisher, fisher);
+    load_if_there(access, row.anchor, anchor);
+#pragma unroll
+    for (int j = 0; j < kMoments; ++j) load_if_there(access, row.moments[j], moments[j]);
+
+    const bool springs = row.fisher != nullptr;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      C theta = row.master == nullptr ? static_cast<C>(param.at[k]) : master.at[k];
+      C gradient = signed_gradient<C>(sign, static_cast<C>(grad.at[k]));
+      if (springs) {
+        const C distance = theta - anchor.at[k];
+        const C pull = penalty_gradient<C>(ewc_lambda, static_cast<C>(fisher.at[k]), distance);
+        if (!proximal) gradient += pull;
+        sum += pull * distance;
+      }
+      C of_element[kMoments];
+#pragma unroll
+      for (int j = 0; j < kMoments; ++j) of_element[j] = static_cast<C>(moments[j].at[k]);
+      theta = update(theta, gradient, of_element);
+#pragma unroll
+      for (int j = 0; j < kMoments; ++j)
+        moments[j].at[k] = static_cast<typename Row::M>(of_element[j]);
+      if (springs && proximal)
+        theta = ewc_fast::proximal<C>(strength * static_cast<C>(fisher.at[k]), theta, anchor.at[k]);
+      master.at[k] = theta;
+      store(param.at[k], theta, row.seed, access.index(k));
+    }
+    access.store(row.param, param);
+    store_if_there(access, row.master, master);
+#pragma unroll
+    for (int j = 0; j < kMoments; ++j) store_if_there(access, row.moments[j], moments[j]);
+  }
+};
+
+template <class C>
+struct AdamUpdate {
+  static constexpr int kMoments = 3;
+  AdamStep<C> step;
+  bool amsgrad;
+
+  __device__ C operator()(C theta, C grad, C (&moments)[kMoments]) const {
+    auto& [first, second, largest] = moments;
+    grad = decayed_gradient(step.weight_decay, grad, theta);
+    first = adam_first_moment(step, first, grad);
+    second = adam_second_moment(step, second, grad);
+    if (amsgrad) largest = larger_or_nan(largest, second);
+    return adam_param(step, theta, first, amsgrad ? largest : second);
+  }
+};
+
+template <class C>
+struct SgdUpdate {
+  static constexpr int kMoments = 1;
+  SgdStep<C> step;
+  bool momentum;
+
+  __device__ C operator()(C theta, C grad, C (&moments)[kMoments]) const {
+    grad = decayed_gradient(step.weight_decay, grad, theta);
+    moments[0] = momentum ? sgd_buffer(step, moments[0], grad) : grad;
+    return sgd_param(step, theta, grad, moments[0]);
+  }
+};
+
+// What the optimizers are made of on the host.
+template <class Options>
+struct StepSettings {
+  Options options;
+  DeviceNumber lr;
+  const AdamStep<double>* coefficients = nullptr;  // by the rows' ordinals
+};
+
+template <class Types>
+struct Adam {
+  using C = typename Types::C;
+  using Sum = C;
+  using Row = StepRow<Types, 3>;
+  static constexpr int kOperands = kStepCount;
+  static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
+
+  Around<C> around;
+  double ewc_lambda;
+  LearningRate lr;
+  const AdamStep<double>* coefficients;
+  AdamUpdate<C> update{};
+
+  explicit Adam(const StepSettings<AdamOptions>& settings)
+      : around(settings.options),
+        ewc_lambda(settings.options.ewc_lambda),
+        lr{settings.options.lr, settings.lr},
+        coefficients(settings.coefficients) {}
+
+  Row row(const ewc_fast::Row& row, std::uint32_t seed) const {
+    Row made = step_row<Row>(row, seed);
+    made.coefficients = coefficients + row.ordinal;
+    return made;
+  }
+  __device__ void begin(const Row& row) {
+    const AdamStep<double> step = *row.coefficients;
+    update = {rounded<C>(step), row.moments[2] != nullptr};
+    around.strength = static_cast<C>(lr() * ewc_lambda);
+  }
+  template <class Access>
+  __device__ void step(const Row& row, Access access, Sum& sum) const {
+    around.step(row, access, update, sum);
+  }
+};
+
+template <class Types>
+struct Sgd {
+  using C = typename Types::C;
+  using Sum = C;
+  using Row = StepRow<Types, 1>;
+  static constexpr int kOperands = kStepCount;
+  static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
+
+  Around<C> around;
+  double ewc_lambda;
+  LearningRate lr;
+  SgdUpdate<C> update;
+
+  explicit Sgd(const StepSettings<SgdOptions>& settings)
+      : around(settings.options),
+        ewc_lambda(settings.options.ewc_lambda),
+        lr{settings.options.lr, settings.lr},
+        update{sgd_step_of<C>(settings.options), false} {}
+
+  static Row row(const ewc_fast::Row& row, std::uint32_t seed) { return step_row<Row>(row, seed); }
+  __device__ void begin(const Row& row) {
+    update.momentum = row.moments[0] != nullptr;
+    update.step.lr = static_cast<C>(lr());
+    around.strength = static_cast<C>(lr() * ewc_lambda);
+  }
+  template <class Access>
+  __device__ void step(const Row& row, Access access, Sum& sum) const {
+    around.step(row, access, update, sum);
+  }
+};
+
+// Adam's counts of steps go up by one, each in one thread before all else, which also computes what
+// depends on it: powers and roots in double, once a row and not once a thread.
+struct Counts {
+  static constexpr int kMost = 2000;
+  float* count[kMost];
+  AdamStep<double>* coefficients[kMost];
+  std::int32_t rows;
+};
+static_assert(sizeof(Counts) + sizeof(AdamOptions) + sizeof(LearningRate) <= kParameterBytes);
+
+__global__ void __launch_bounds__(kThreads)
+    count_step(const Counts __grid_constant__ counts, const AdamOptions options,
+               const LearningRate lr) {
+  const int row = blockIdx.x * kThreads + threadIdx.x;
+  if (row >= counts.rows) return;
+  const float count = *counts.count[row] + 1;
+  *counts.count[row] = count;
+  AdamOptions now = options;
+  now.lr = lr();
+  *counts.coefficients[row] =
+      adam_step_of<double>(now, pow(options.beta1, count), pow(options.beta2, count));
+}
+
+void count_steps(const Table& table, Run run, const StepSettings<AdamOptions>& settings,
+                 AdamStep<double>* coefficients) {
+  const LearningRate lr{settings.options.lr, settings.lr};
+  Counts counts;
+  for (std::size_t begin = 0; begin < table.rows.size(); begin += Counts::kMost) {
+    const std::size_t end = std::min(table.rows.size(), begin + Counts::kMost);
+    counts.rows = static_cast<std::int32_t>(end - begin);
+    for (std::size_t i = begin; i < end; ++i) {
+      counts.count[i - begin] = table.rows[i].at<float>(kStepCount, 0);
+      counts.coefficients[i - begin] = coefficients + table.rows[i].ordinal;
+    }
+    const Grid grid{(counts.rows + kThreads - 1) / kThreads, kThreads,
+                    static_cast<cudaStream_t>(run.stream)};
+    launch_kernel("count_step", count_step, grid, counts, settings.options, lr);
+  }
+}
+
+// Launches the step over the rows of every combination of dtypes; leaves the penalty, where there
+// are springs, in run.memory[0].
+template <template <class> class Optimizer, class Settings>
+void launch_steps(const char* name, const Table& table, Run run, const Settings& settings) {
+  const bool springs = std::any_of(table.rows.begin(), table.rows.end(),
+                                   [](const Row& row) { return row.data[kStepFisher] != nullptr; });
+  double* const partial = springs ? run.memory + 1 : nullptr;
+  std::int64_t blocks = 0;
+  for_each_step_types([&](DType param, DType fisher, DType moments, auto types) {
+    const auto belongs = [&](const Row& row) {
+      return row.dtype == param && row.moments == moments &&
+             (row.fisher == DType::bfloat16) == (fisher == DType::bfloat16);
+    };
+    const Optimizer<decltype(types)> op(settings);
+    blocks += launch_instance(name, table, op, run, after(partial, blocks), belongs);
+  });
+  if (springs) sum_blocks(run, blocks, 0.5);
+}
+
+AdamStep<double>* coefficients_in(const Table& table, Run run) {
+  return reinterpret_cast<AdamStep<double>*>(run.memory + memory_needed(table));
+}
+
+}  // namespace
+
+std::int64_t adam_memory_needed(const Table& table) {
+  std::int64_t rows = 0;
+  for (const Row& row : table.rows) rows = std::max(rows, row.ordinal + 1);
+  return memory_needed(table) + rows * static_cast<std::int64_t>(sizeof(AdamStep<double>) / 8);
+}
+
+void adam_step(const Table& table, Run run, const AdamOptions& options, DeviceNumber lr) {
+  const DeviceGuard guard(device_of(table));
+  AdamStep<double>* const coefficients = coefficients_in(table, run);
+  const StepSettings<AdamOptions> settings{options, lr, coefficients};
+  count_steps(table, run, settings, coefficients);
+  launch_steps<Adam>("adam_step", table, run, settings);
+}
+
+void sgd_step(const Table& table, Run run, const SgdOptions& options, DeviceNumber lr) {
+  const DeviceGuard guard(device_of(table));
+  launch_steps<Sgd>("sgd_step", table, run, StepSettings<SgdOptions>{options, lr});
+}
+
+}  // namespace ewc_fast::cuda
