@@ -6,6 +6,9 @@
 //   merge     F' = gamma F + F_t,  a' = a + F_t / F' (theta - a)   (one quadratic for all tasks)
 //   online    F' = gamma F + F_t,  a' = theta                      Schwarz et al. 2018
 //   proximal  theta <- (theta + eta lambda F a) / (1 + eta lambda F)
+//   adam      m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2                 Kingma & Ba 2015
+//             theta <- theta - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
+//   sgd       b' = mu b + (1 - d) g,  theta <- theta - eta b'
 #pragma once
 
 #include <cstdint>
@@ -53,6 +56,85 @@ EWC_FAST_FORMULA Merged merge(double gamma, double fisher, double anchor, double
 template <class T>
 EWC_FAST_FORMULA T proximal(T strength, T param, T anchor) {
   return param - (param - anchor) / (T(1) + T(1) / strength);
+}
+
+// The optimizers' steps. Operations stand in the order, and are rounded each, as in PyTorch's own
+// optimizers on one tensor after another (foreach=False).
+
+EWC_FAST_FORMULA float square_root(float value) { return __builtin_sqrtf(value); }
+EWC_FAST_FORMULA double square_root(double value) { return __builtin_sqrt(value); }
+
+// The gradient that a step takes. `sign` is -1 to maximize; the pull of the penalty is never turned
+// around: a penalty is always to be small. It is taken at theta before any weight decay.
+template <class T>
+EWC_FAST_FORMULA T signed_gradient(T sign, T grad) {
+  return sign * grad;
+}
+
+// Weight decay inside the gradient ("L2"). Without it theta is not touched, be it infinite.
+template <class T>
+EWC_FAST_FORMULA T decayed_gradient(T weight_decay, T grad, T param) {
+  return weight_decay != 0 ? grad + weight_decay * param : grad;
+}
+
+// From `from` a share of the way to `to`: exactly `to` for the whole way.
+template <class T>
+EWC_FAST_FORMULA T moved_towards(T share, T from, T to) {
+  return share < T(0.5) ? from + share * (to - from) : to - (to - from) * (T(1) - share);
+}
+
+template <class T>
+EWC_FAST_FORMULA T larger_or_nan(T one, T other) {
+  return one != one || one >= other ? one : other;
+}
+
+// What all elements of a row share in a step of Adam.
+template <class T>
+struct AdamStep {
+  T weight_decay;     // inside the gradient; 0 where decoupled
+  T kept;             // what decoupled weight decay leaves of theta, 1 - eta w; else 1
+  T first_share;      // 1 - beta1
+  T beta2;
+  T second_share;     // 1 - beta2
+  T step_size;        // eta / (1 - beta1^t)
+  T root_correction;  // sqrt(1 - beta2^t)
+  T eps;
+};
+
+template <class T>
+EWC_FAST_FORMULA T adam_first_moment(const AdamStep<T>& step, T first, T grad) {
+  return moved_towards(step.first_share, first, grad);
+}
+template <class T>
+EWC_FAST_FORMULA T adam_second_moment(const AdamStep<T>& step, T second, T grad) {
+  return step.beta2 * second + step.second_share * grad * grad;
+}
+// `second` is the largest so far with amsgrad.
+template <class T>
+EWC_FAST_FORMULA T adam_param(const AdamStep<T>& step, T param, T first, T second) {
+  const T root = square_root(second) / step.root_correction + step.eps;
+  return step.kept * param - step.step_size * first / root;
+}
+
+// What all elements share in a step of SGD.
+template <class T>
+struct SgdStep {
+  T weight_decay;
+  T momentum;
+  T gain;  // 1 - dampening
+  T lr;
+  bool first;     // the buffer begins as the gradient, undamped
+  bool nesterov;
+};
+
+template <class T>
+EWC_FAST_FORMULA T sgd_buffer(const SgdStep<T>& step, T buffer, T grad) {
+  return step.first ? grad : step.momentum * buffer + step.gain * grad;
+}
+// `buffer` is the gradient itself without momentum.
+template <class T>
+EWC_FAST_FORMULA T sgd_param(const SgdStep<T>& step, T param, T grad, T buffer) {
+  return param - step.lr * (step.nesterov ? grad + step.momentum * buffer : buffer);
 }
 
 // The seed with the upper half of an element's number in it: constant in a loop over 2^32 elements.

@@ -44,7 +44,7 @@ def penalty(params: Tensors, fisher: Tensors, anchor: Tensors, *, ewc_lambda: fl
         (ewc_lambda * f.double() * (p.double() - a.double()).square()).sum()
         for p, f, a in zip(params, fisher, anchor, strict=True)
     ]
-    return 0.5 * _sum(terms)
+    return 0.5 * add_scalars(terms)
 
 
 def penalty_grad(
@@ -115,7 +115,7 @@ def merge_(
         _keep(f, total, seed, ordinal)
         a.copy_(merged)
         r.copy_((merged - a.double()).float())
-    return _sum(constants)
+    return add_scalars(constants)
 
 
 @torch.no_grad()
@@ -241,9 +241,15 @@ def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
 def _keep(fisher: Tensor, value: Tensor, seed: int, ordinal: int) -> None:
     """Write a Fisher: rounded by chance to bfloat16, else to nearest."""
     if fisher.dtype == torch.bfloat16:
-        random = random_bits(random_bits(seed, ordinal), _places_in_memory(fisher))
-        value = round_stochastically(value.float(), random)
-    fisher.copy_(value)
+        write_stochastically(fisher, value.float(), seed, ordinal)
+    else:
+        fisher.copy_(value)
+
+
+def write_stochastically(target: Tensor, value: Tensor, seed: int, ordinal: int) -> None:
+    """Write float32 into a row of bfloat16, rounded by chance."""
+    random = random_bits(random_bits(seed, ordinal), _places_in_memory(target))
+    target.copy_(round_stochastically(value, random))
 
 
 def _places_in_memory(like: Tensor) -> Tensor:
@@ -253,7 +259,7 @@ def _places_in_memory(like: Tensor) -> Tensor:
     return places.as_strided(like.shape, strides)
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
+def add_scalars(terms: list[Tensor]) -> Tensor:
     """Add scalars that may be on several devices, on the first one's."""
     if not terms:
         return torch.zeros((), dtype=torch.float64)
