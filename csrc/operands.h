@@ -13,7 +13,7 @@ constexpr int item_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-constexpr int kMaxOperands = 5;
+constexpr int kMaxOperands = 9;
 
 // The i-th tensor of every list. All have the same shape and the same dense strides, so that one
 // running index addresses the same element in each.
@@ -26,6 +26,7 @@ struct Row {
   std::int64_t ordinal = 0;        // its place in the call's lists, which may be split up
   DType dtype = DType::float32;    // of the parameters
   DType fisher = DType::float32;   // of the Fisher: float, double beside double, or bfloat16
+  DType moments = DType::float32;  // of an optimizer's moments: the parameters', or float
   int device = -1;                 // CUDA device index; -1 is the CPU
 
   template <class T = void>

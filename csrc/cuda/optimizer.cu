@@ -60,6 +60,14 @@ struct StepRow {
   std::uint32_t seed;
 };
 
+template <class C>
+__device__ AdamStep<C> rounded(const AdamStep<double>& step) {
+  return {static_cast<C>(step.weight_decay), static_cast<C>(step.kept),
+          static_cast<C>(step.first_share),  static_cast<C>(step.beta2),
+          static_cast<C>(step.second_share), static_cast<C>(step.step_size),
+          static_cast<C>(step.root_correction), static_cast<C>(step.eps)};
+}
+
 template <class OfRow>
 OfRow step_row(const ewc_fast::Row& row, std::uint32_t seed) {
   OfRow made{row.at<typename OfRow::T>(kStepParam, 0),
@@ -309,6 +317,11 @@ void count_steps(const Table& table, Run run, const StepSettings<AdamOptions>& s
   }
 }
 
+DType moments_of(const Row& row) {
+  if (row.data[kStepFirst] != nullptr) return row.moments;
+  return row.dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
 // Launches the step over the rows of every combination of dtypes; leaves the penalty, where there
 // are springs, in run.memory[0].
 template <template <class> class Optimizer, class Settings>
@@ -319,7 +332,7 @@ void launch_steps(const char* name, const Table& table, Run run, const Settings&
   std::int64_t blocks = 0;
   for_each_step_types([&](DType param, DType fisher, DType moments, auto types) {
     const auto belongs = [&](const Row& row) {
-      return row.dtype == param && row.moments == moments &&
+      return row.dtype == param && moments_of(row) == moments &&
              (row.fisher == DType::bfloat16) == (fisher == DType::bfloat16);
     };
     const Optimizer<decltype(types)> op(settings);
