@@ -98,7 +98,7 @@ def adam_step_(
         if max_exp_avg_sqs is not None:
             used = torch.maximum(max_exp_avg_sqs[i].to(theta.dtype), second)
             max_exp_avg_sqs[i].copy_(used)
-        root = used.sqrt() / (1 - options.beta2**t) ** 0.5 + options.eps
+        root = _square_root(used) / (1 - options.beta2**t) ** 0.5 + options.eps
         moved = kept - options.lr / (1 - options.beta1**t) * first / root
         exp_avgs[i].copy_(first)
         exp_avg_sqs[i].copy_(second)
@@ -197,6 +197,11 @@ def _moved_towards(share: float, origin: Tensor, goal: Tensor) -> Tensor:
     if share < 0.5:
         return origin + share * (goal - origin)
     return goal - (goal - origin) * (torch.tensor(1.0, dtype=origin.dtype) - share).item()
+
+
+def _square_root(values: Tensor) -> Tensor:
+    """Return roots rounded to nearest; PyTorch's of float32 on a CPU may be one unit off."""
+    return values.double().sqrt().to(values.dtype)
 
 
 def _write(

@@ -329,6 +329,7 @@ void launch_steps(const char* name, const Table& table, Run run, const Settings&
   const bool springs = std::any_of(table.rows.begin(), table.rows.end(),
                                    [](const Row& row) { return row.data[kStepFisher] != nullptr; });
   double* const partial = springs ? run.memory + 1 : nullptr;
+  run.seed = settings.options.seed;
   std::int64_t blocks = 0;
   for_each_step_types([&](DType param, DType fisher, DType moments, auto types) {
     const auto belongs = [&](const Row& row) {
