@@ -6,9 +6,11 @@
 #include <omp.h>
 #endif
 
+#include <optional>
 #include <string>
 
 #include "cpu/operations.h"
+#include "cpu/optimizer.h"
 #include "cpu/vector_level.h"
 #include "cuda/operations.h"
 #include "plan.h"
@@ -27,18 +29,26 @@ Role role_of(const std::string& name) {
   if (name == "state") return Role::state;
   if (name == "fisher") return Role::fisher;
   if (name == "residual") return Role::residual;
-  throw std::invalid_argument("role must be 'param', 'state', 'fisher' or 'residual', got '" +
-                              name + "'");
+  if (name == "moment") return Role::moment;
+  if (name == "count") return Role::count;
+  throw std::invalid_argument(
+      "role must be 'param', 'state', 'fisher', 'residual', 'moment' or 'count', got '" + name +
+      "'");
 }
 
 // name, role, written, stacked, pinned
 using SpecTuple = std::tuple<std::string, std::string, bool, bool, bool>;
 
-std::vector<OperandSpec> specs_of(const std::vector<SpecTuple>& specs) {
+// Where no slots are given, operands stand in their order.
+std::vector<OperandSpec> specs_of(const std::vector<SpecTuple>& specs,
+                                  const std::vector<int>& slots) {
   std::vector<OperandSpec> converted;
-  for (const auto& [name, role, written, stacked, pinned] : specs)
-    converted.push_back({name, role_of(role), written, stacked, pinned});
-  if (converted.size() > ewc_fast::kMaxOperands) throw std::invalid_argument("too many operands");
+  for (const auto& [name, role, written, stacked, pinned] : specs) {
+    const std::size_t place = converted.size();
+    const int slot = slots.empty() ? static_cast<int>(place) : slots.at(place);
+    if (slot < 0 || slot >= ewc_fast::kMaxOperands) throw std::invalid_argument("no such slot");
+    converted.push_back({name, role_of(role), written, stacked, pinned, slot});
+  }
   return converted;
 }
 
@@ -100,8 +110,8 @@ std::vector<std::vector<std::uintptr_t>> addresses_of(const Plan& plan) {
   std::vector<std::vector<std::uintptr_t>> addresses;
   for (const auto& row : plan.table().rows) {
     auto& operands = addresses.emplace_back();
-    for (std::size_t operand = 0; operand < plan.operands(); ++operand)
-      operands.push_back(reinterpret_cast<std::uintptr_t>(row.data[operand]));
+    for (const OperandSpec& spec : plan.specs())
+      operands.push_back(reinterpret_cast<std::uintptr_t>(row.data[spec.slot]));
   }
   return addresses;
 }
@@ -131,6 +141,63 @@ auto rounding_on_cpu(Operation operation) {
     const py::gil_scoped_release unlocked;
     return operation(plan.table(), run, coefficient, seed);
   };
+}
+
+// What options of all optimizers come first, in the order of reference_steps.py.
+template <class Options>
+Options step_options(double lr, double weight_decay, double ewc_lambda, bool maximize,
+                     bool proximal, std::optional<std::uint32_t> rounding_seed) {
+  Options options;
+  options.lr = lr;
+  options.weight_decay = weight_decay;
+  options.ewc_lambda = ewc_lambda;
+  options.maximize = maximize;
+  options.proximal = proximal;
+  options.by_chance = rounding_seed.has_value();
+  options.seed = rounding_seed.value_or(0);
+  return options;
+}
+
+void def_steps(py::module_& m) {
+  using ewc_fast::AdamOptions;
+  using ewc_fast::SgdOptions;
+  py::class_<AdamOptions>(m, "AdamOptions")
+      .def(py::init([](double lr, double weight_decay, double ewc_lambda, bool maximize,
+                       bool proximal, std::optional<std::uint32_t> rounding_seed, double beta1,
+                       double beta2, double eps, bool decoupled) {
+        auto options = step_options<AdamOptions>(lr, weight_decay, ewc_lambda, maximize, proximal,
+                                                 rounding_seed);
+        options.beta1 = beta1;
+        options.beta2 = beta2;
+        options.eps = eps;
+        options.decoupled = decoupled;
+        return options;
+      }));
+  py::class_<SgdOptions>(m, "SgdOptions")
+      .def(py::init([](double lr, double weight_decay, double ewc_lambda, bool maximize,
+                       bool proximal, std::optional<std::uint32_t> rounding_seed, double momentum,
+                       double dampening, bool nesterov, bool first) {
+        auto options = step_options<SgdOptions>(lr, weight_decay, ewc_lambda, maximize, proximal,
+                                                rounding_seed);
+        options.momentum = momentum;
+        options.dampening = dampening;
+        options.nesterov = nesterov;
+        options.first = first;
+        return options;
+      }));
+  const auto def = [&m](const char* name, auto step, auto options_type) {
+    using Options = decltype(options_type);
+    m.def(
+        name,
+        [step](const Plan& plan, const Options& options, int threads, std::size_t level) {
+          const auto run = cpu_run(plan, threads, level);
+          const py::gil_scoped_release unlocked;
+          return step(plan.table(), run, options);
+        },
+        py::arg("plan"), py::arg("options"), py::arg("threads"), py::arg("level") = 0);
+  };
+  def("adam_step", ewc_fast::cpu::adam_step, AdamOptions{});
+  def("sgd_step", ewc_fast::cpu::sgd_step, SgdOptions{});
 }
 
 #ifdef EWC_FAST_CUDA_BUILT
@@ -170,10 +237,12 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("uses_exchange", &TensorReader::uses_exchange);
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init([](const TensorReader& reader, const std::vector<SpecTuple>& specs) {
-             return Plan(reader, specs_of(specs));
+      .def(py::init([](const TensorReader& reader, const std::vector<SpecTuple>& specs,
+                       const std::vector<int>& slots) {
+             return Plan(reader, specs_of(specs, slots));
            }),
-           py::arg("reader"), py::arg("specs"), py::keep_alive<1, 2>())
+           py::arg("reader"), py::arg("specs"), py::arg("slots") = std::vector<int>{},
+           py::keep_alive<1, 2>())
       .def_property_readonly("moves", &Plan::moves)
       .def("addresses", &addresses_of)
       .def("refresh", &Plan::refresh)
@@ -200,6 +269,7 @@ PYBIND11_MODULE(_core, m) {
   def_rounding("accumulate_square", ewc_fast::cpu::accumulate_square);
   def_rounding("merge", ewc_fast::cpu::merge);
   def_rounding("merge_online", ewc_fast::cpu::merge_online);
+  def_steps(m);
 
   m.def(
       "squared_product",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -51,6 +52,8 @@ bool same_layout(const TensorView& view, std::size_t first_dim, const TensorView
 bool fits(DType dtype, Role role, DType param) {
   if (role == Role::parameter) return dtype == param;
   if (role == Role::residual) return dtype == DType::bfloat16;
+  if (role == Role::count) return dtype == DType::float32;
+  if (role == Role::moment && dtype == param) return true;
   if (param == DType::float64) return dtype == DType::float64;
   return dtype == DType::float32 || (role == Role::fisher && dtype == DType::bfloat16);
 }
@@ -80,7 +83,7 @@ bool Plan::refresh(const py::args& lists) {
       }
       if (data == known.data) continue;
       moved = true;
-      known.data = table_.rows[row].data[operand] = data;
+      known.data = table_.rows[row].data[specs_[operand].slot] = data;
     }
   }
   if (moved) {
@@ -153,20 +156,31 @@ Row Plan::make_row(std::size_t row) const {
   for (std::size_t operand = 0; operand < specs_.size(); ++operand)
     if (specs_[operand].role == Role::parameter) made.dtype = view(operand, row).dtype;
 
+  std::optional<DType> moments;
   for (std::size_t operand = 0; operand < specs_.size(); ++operand) {
     const TensorView& tensor = view(operand, row);
-    const std::size_t stacked = specs_[operand].stacked && tensor.ndim() == layout.ndim() + 1;
-    if (!same_layout(tensor, stacked, layout)) refuse(operand, row, "its shape or strides differ");
+    const OperandSpec& spec = specs_[operand];
     if (tensor.device != made.device) refuse(operand, row, "it is on another device");
-    if (!fits(tensor.dtype, specs_[operand].role, made.dtype))
+    if (!fits(tensor.dtype, spec.role, made.dtype))
       refuse(operand, row, "its dtype does not fit the parameters'");
-    if (specs_[operand].role == Role::fisher) made.fisher = tensor.dtype;
+    made.data[spec.slot] = tensor.data;
+    if (spec.role == Role::count) {
+      if (tensor.ndim() != 0) refuse(operand, row, "it is not a scalar");
+      continue;  // one number: from each element to the next it takes no step
+    }
+    const std::size_t stacked = spec.stacked && tensor.ndim() == layout.ndim() + 1;
+    if (!same_layout(tensor, stacked, layout)) refuse(operand, row, "its shape or strides differ");
+    if (spec.role == Role::fisher) made.fisher = tensor.dtype;
+    if (spec.role == Role::moment) {
+      if (moments && *moments != tensor.dtype)
+        refuse(operand, row, "its dtype differs from the other moments'");
+      moments = made.moments = tensor.dtype;
+    }
     if (stacked) {
       made.samples = tensor.size(0);
       made.sample_stride = tensor.stride(0);
     }
-    made.data[operand] = tensor.data;
-    made.step[operand] = item_size(tensor.dtype);
+    made.step[spec.slot] = item_size(tensor.dtype);
   }
   return made;
 }
@@ -182,11 +196,16 @@ void Plan::check_written_apart() const {
     auto& extents = specs_[operand].written ? written : others;
     for (std::size_t i = 0; i < rows_; ++i) {
       const Row& row = table_.rows[i];
+      const int slot = specs_[operand].slot;
+      const char* begin = row.at<char>(slot, 0);
+      if (specs_[operand].role == Role::count) {
+        extents.push_back({begin, begin + item_size(DType::float32), operand, i});
+        continue;
+      }
       const std::int64_t samples = specs_[operand].stacked ? row.samples : 1;
       if (row.numel == 0 || samples == 0) continue;
       const std::int64_t elements = (samples - 1) * row.sample_stride + row.numel;
-      const char* begin = row.at<char>(static_cast<int>(operand), 0);
-      extents.push_back({begin, begin + elements * row.step[operand], operand, i});
+      extents.push_back({begin, begin + elements * row.step[slot], operand, i});
     }
   }
   const auto refuse_pair = [this](const Extent& one, const Extent& other) {

@@ -10,8 +10,9 @@ namespace ewc_fast {
 
 // What the core demands of an operand's dtype: the parameters' own; float for the state (double
 // beside double parameters); the state's or, beside other parameters than double, bfloat16 for the
-// Fisher; bfloat16 for the residual.
-enum class Role : std::uint8_t { parameter, state, fisher, residual };
+// Fisher; bfloat16 for the residual; the parameters' own or float for an optimizer's moments, one
+// dtype for all of a row; float for a count, which is a single number whatever the row's shape.
+enum class Role : std::uint8_t { parameter, state, fisher, residual, moment, count };
 
 struct OperandSpec {
   std::string name;  // for messages
@@ -19,6 +20,7 @@ struct OperandSpec {
   bool written;
   bool stacked;  // may carry per-sample gradients in a leading dimension
   bool pinned;   // its owner promises not to replace its tensors, so they are read only once
+  int slot;      // where it stands in a Row, which may have places for operands not given
 };
 
 class Plan {
@@ -41,7 +43,7 @@ class Plan {
   const Table& table() const { return table_; }
   // How often `refresh` has found new addresses: whoever keeps a copy sees when it is stale.
   std::int64_t moves() const { return moves_; }
-  std::size_t operands() const { return specs_.size(); }
+  const std::vector<OperandSpec>& specs() const { return specs_; }
   // PyTorch's current stream on the CUDA device that the rows are on.
   void* current_stream() const;
 

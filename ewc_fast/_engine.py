@@ -29,7 +29,7 @@ from ewc_fast._plan import (
 )
 
 
-def _mark_written(operation: Operation, lists: Sequence[TensorList]) -> None:
+def mark_written(operation: Operation, lists: Sequence[TensorList]) -> None:
     """Tell autograd, which did not see the write."""
     for operand, tensors in zip(operation.operands, lists, strict=True):
         if operand.written:
@@ -61,13 +61,13 @@ def run(
             value: float | Tensor | None = native(
                 group.core_plan, coefficient, torch.get_num_threads(), **rounding
             )
-            _mark_written(operation, group.lists)
+            mark_written(operation, group.lists)
         elif group.impl == "cuda":
             value = _run_cuda(operation, native, group, coefficient, **rounding)
-            _mark_written(operation, group.lists)
+            mark_written(operation, group.lists)
         elif group.impl == "triton":
             value = _run_triton(operation, group, coefficient, **rounding)
-            _mark_written(operation, group.lists)
+            mark_written(operation, group.lists)
         elif operation.rounds:
             value = in_pytorch(*group.lists, **rounding, ordinals=group.ordinals)
         else:
@@ -117,7 +117,7 @@ def _run_triton(
     return launch.run(operation.name, group.table, coefficient, seed)
 
 
-def _scalar(values: list[float | Tensor], params: TensorList) -> Tensor:
+def add_values(values: list[float | Tensor], params: TensorList) -> Tensor:
     """Add values into a float64 scalar on the first parameter's device.
 
     Where there is one tensor and nothing to add, no kernel is launched.
@@ -150,7 +150,7 @@ def penalty(
         in_pytorch=in_pytorch,
         impl=impl,
     )
-    return _scalar(values, params)
+    return add_values(values, params)
 
 
 def penalty_grad(
@@ -198,7 +198,7 @@ def add_penalty_grad_(
         impl=impl,
         plan=plan,
     )
-    return _scalar([constant, *values], params)
+    return add_values([constant, *values], params)
 
 
 def accumulate_square_(
@@ -242,7 +242,7 @@ def merge_(
         impl=impl,
         seed=seed,
     )
-    return _scalar(values, params)
+    return add_values(values, params)
 
 
 def merge_online_(

@@ -194,4 +194,5 @@ def _whole_group(
 
 def _core_plan(operation: Operation, pinned: Collection[str]) -> core.Plan:
     specs = [(o.name, o.role, o.written, o.stacked, o.name in pinned) for o in operation.operands]
-    return core.Plan(reader, specs)
+    slots = [i if o.slot is None else o.slot for i, o in enumerate(operation.operands)]
+    return core.Plan(reader, specs, slots)

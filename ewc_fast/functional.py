@@ -48,17 +48,20 @@ from ewc_fast._dispatch import Impl
 from ewc_fast._ops import EagerPenalty
 from ewc_fast._plan import Plan
 from ewc_fast.products import accumulate_squared_convolution_, accumulate_squared_product_
+from ewc_fast.steps import adam_step_, sgd_step_
 
 __all__ = [
     "Plan",
     "accumulate_square_",
     "accumulate_squared_convolution_",
     "accumulate_squared_product_",
+    "adam_step_",
     "add_penalty_grad_",
     "merge_",
     "merge_online_",
     "penalty",
     "proximal_step_",
+    "sgd_step_",
 ]
 
 Tensors = Tensor | Iterable[Tensor]

@@ -3,7 +3,7 @@ r"""The specification of the optimizers' fused steps, in plain PyTorch.
 All lists run in parallel: entry ``i`` of each belongs to parameter ``i``. Arithmetic is in float32
 (float64 for float64 parameters), each result rounded once to the dtype it is kept in. Operations
 stand in the order of PyTorch's own optimizers on one tensor after another (``foreach=False``); the
-compiled steps give the same bits. With :math:`\theta` from ``master`` where there is one:
+compiled steps give the same bits (float64: but for PyTorch's square root). With :math:`\theta` from ``master`` where there is one:
 
 ==============  ====================================================================
 gradient        :math:`g = \pm g`, minus to maximize
@@ -189,6 +189,11 @@ def _signed(grad: Tensor, theta: Tensor, options: AdamOptions | SgdOptions) -> T
 
 def _decayed(grad: Tensor, theta: Tensor, options: AdamOptions | SgdOptions) -> Tensor:
     return grad + options.weight_decay * theta if options.weight_decay else grad
+
+
+def _square_root(values: Tensor) -> Tensor:
+    """Return the square root, rounded right: PyTorch's may be one off in the last place."""
+    return values.double().sqrt().to(values.dtype)
 
 
 def _moved_towards(share: float, origin: Tensor, goal: Tensor) -> Tensor:

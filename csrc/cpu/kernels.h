@@ -15,6 +15,8 @@ struct Rounding {
   std::uint32_t element;  // lower half of its number
 };
 
+struct StepKernels;
+
 // Indexed by the parameters' DType and whether the Fisher is bfloat16. The state (fisher, anchor)
 // is double for double parameters and float otherwise; the residual of the anchor is bfloat16.
 // Bytes an element are those of float; a bfloat16 Fisher saves 2 of each read and write of F.
@@ -44,8 +46,10 @@ struct Kernels {
   void (*proximal_step[kDTypes][2])(void* param, const void* fisher, const void* anchor,
                                     std::int64_t n, double eta_lambda);
   ProductKernels product;
+  const StepKernels* steps;
 };
 
+extern const StepKernels kBaselineSteps, kV3Steps, kV4Steps;
 extern const Kernels kBaseline;
 extern const Kernels kV3;  // x86-64-v3: AVX2, FMA
 extern const Kernels kV4;  // x86-64-v4: AVX-512 F, BW, DQ, VL

@@ -1,5 +1,5 @@
 #include "loops.h"
 
 namespace ewc_fast::cpu {
-const Kernels kBaseline = EWC_FAST_KERNELS("baseline");
+const Kernels kBaseline = EWC_FAST_KERNELS("baseline", kBaselineSteps);
 }

@@ -1,5 +1,5 @@
 #include "loops.h"
 
 namespace ewc_fast::cpu {
-const Kernels kV3 = EWC_FAST_KERNELS("x86-64-v3");
+const Kernels kV3 = EWC_FAST_KERNELS("x86-64-v3", kV3Steps);
 }

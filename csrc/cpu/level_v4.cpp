@@ -1,5 +1,5 @@
 #include "loops.h"
 
 namespace ewc_fast::cpu {
-const Kernels kV4 = EWC_FAST_KERNELS("x86-64-v4");
+const Kernels kV4 = EWC_FAST_KERNELS("x86-64-v4", kV4Steps);
 }

@@ -4,6 +4,8 @@ Everything here looks before anything is written: a call that raises has changed
 """
 
 from ewc_fast._checks.arguments import (
+    decay_rate,
+    finite,
     gamma,
     impl,
     non_negative,
@@ -38,8 +40,10 @@ __all__ = [
     "Operation",
     "TensorList",
     "as_list",
+    "decay_rate",
     "dense",
     "ewc_state",
+    "finite",
     "flattenable",
     "gamma",
     "grown_shape",

@@ -36,14 +36,30 @@ def gamma(value: float) -> float:
     return number
 
 
-def seed(value: int | None) -> None:
-    """Raise unless ``seed`` is None or an integer of 32 bits."""
+def decay_rate(name: str, value: float) -> float:
+    """Return ``value`` as a float in [0, 1)."""
+    number = _number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+    return number
+
+
+def finite(name: str, value: float) -> float:
+    """Return ``value`` as a float; it must be finite in float32."""
+    number = _number(name, value)
+    if not -LARGEST <= number <= LARGEST:
+        raise ValueError(f"{name}: expected a number that is finite in float32, got {value!r}")
+    return number
+
+
+def seed(value: int | None, name: str = "seed") -> None:
+    """Raise unless a seed is None or an integer of 32 bits."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed: expected an integer or None, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
     if not 0 <= value < 2**32:
-        raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {value}")
+        raise ValueError(f"{name}: expected an integer from 0 to 2**32 - 1, got {value}")
 
 
 def _number(name: str, value: float) -> float:

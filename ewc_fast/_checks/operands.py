@@ -19,9 +19,10 @@ class Operand:
     """One list of tensors that an operation takes."""
 
     name: str
-    role: Literal["param", "state", "fisher", "residual"]
+    role: Literal["param", "state", "fisher", "residual", "moment", "count"]
     written: bool = False
     stacked: bool = False  # may carry per-sample gradients in a leading dimension
+    slot: int | None = None  # where kernels look for it, if not at its place in the order
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
         "state": (state,),
         "fisher": (state,) if state == torch.float64 else (state, torch.bfloat16),
         "residual": (torch.bfloat16,),
+        "moment": (row[param].dtype,) if row[param].dtype == state else (row[param].dtype, state),
+        "count": (torch.float32,),
     }
     like = f"{operation.operands[operation.measure].name}[{index}]"
     device, shape = row[operation.measure].device, tuple(row[operation.measure].shape)
@@ -111,11 +114,31 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
                 f"{name}: expected device {device} like {like}, got {tensor.device}; "
                 f"move it with .to({str(device)!r})"
             )
+        if operand.role == "count":
+            if tensor.dim() != 0:
+                raise ValueError(f"{name}: expected a scalar, got shape {tuple(tensor.shape)}")
+            continue
         samples = int(operand.stacked and tensor.dim() == len(shape) + 1)
         if tuple(tensor.shape[samples:]) != shape:
             stacked = f" or {('samples', *shape)}" if operand.stacked else ""
             raise ValueError(
                 f"{name}: expected shape {shape}{stacked} like {like}, got {tuple(tensor.shape)}"
+            )
+    _moments(operation, index, row)
+
+
+def _moments(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
+    """Raise unless a row's moments have one dtype."""
+    moments = [
+        (operand.name, tensor.dtype)
+        for operand, tensor in zip(operation.operands, row, strict=True)
+        if operand.role == "moment"
+    ]
+    for name, dtype in moments[1:]:
+        if dtype != moments[0][1]:
+            raise TypeError(
+                f"{name}[{index}]: expected {short(moments[0][1])} like "
+                f"{moments[0][0]}[{index}], got {short(dtype)}"
             )
 
 
@@ -146,6 +169,8 @@ def dense(operation: Operation, lists: Sequence[TensorList], index: int) -> bool
         expected *= size
     for operand, tensors in zip(operation.operands, lists, strict=True):
         tensor = tensors[index]
+        if operand.role == "count":
+            continue
         lead = int(operand.stacked and tensor.dim() == layout.dim() + 1)
         for dim, size in enumerate(layout.shape):
             if size > 1 and tensor.stride(lead + dim) != layout.stride(dim):

@@ -1,0 +1,107 @@
+"""Runs the optimizers' fused steps: each group of rows by the implementation chosen for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc_fast import reference_steps
+from ewc_fast._checks import Operand, Operation, TensorList
+from ewc_fast._dispatch import Impl
+from ewc_fast._engine import add_values, mark_written
+from ewc_fast._native import core
+from ewc_fast._plan import Group, Plan
+from ewc_fast.reference_steps import AdamOptions, SgdOptions
+
+# In the order of StepOperand in csrc/optimizer.h, which says where kernels look for each.
+_SHARED = (
+    Operand("params", "param", written=True),
+    Operand("grads", "param"),
+    Operand("fisher", "fisher"),
+    Operand("anchor", "state"),
+    Operand("master", "state", written=True),
+)
+_OPERANDS = {
+    "adam_step_": (
+        *_SHARED,
+        Operand("exp_avgs", "moment", written=True),
+        Operand("exp_avg_sqs", "moment", written=True),
+        Operand("max_exp_avg_sqs", "moment", written=True),
+        Operand("steps", "count", written=True),
+    ),
+    "sgd_step_": (*_SHARED, Operand("momentum_buffers", "moment", written=True)),
+}
+
+
+@functools.cache
+def operation(name: str, present: tuple[str, ...]) -> Operation:
+    """Return the operation with the operands that are present; the same object each time."""
+    operands = (
+        Operand(o.name, o.role, o.written, slot=slot)
+        for slot, o in enumerate(_OPERANDS[name])
+        if o.name in present
+    )
+    return Operation(name, tuple(operands), measure=0, sums="fisher" in present)
+
+
+def adam_step_(
+    lists: Mapping[str, TensorList],
+    options: AdamOptions,
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> Tensor:
+    """See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there."""
+
+    def on_cpu(core_plan: Any) -> float:
+        value: float = core.adam_step(
+            core_plan, core.AdamOptions(*options), torch.get_num_threads()
+        )
+        return value
+
+    reference = functools.partial(reference_steps.adam_step_, options)
+    return _run(operation("adam_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)
+
+
+def sgd_step_(
+    lists: Mapping[str, TensorList],
+    options: SgdOptions,
+    impl: Impl = "auto",
+    plan: Plan | None = None,
+) -> Tensor:
+    """See :func:`ewc_fast.functional.sgd_step_`; ``lists`` holds the operands that are there."""
+
+    def on_cpu(core_plan: Any) -> float:
+        value: float = core.sgd_step(core_plan, core.SgdOptions(*options), torch.get_num_threads())
+        return value
+
+    reference = functools.partial(reference_steps.sgd_step_, options)
+    return _run(operation("sgd_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)
+
+
+def _run(
+    operation: Operation,
+    lists: Mapping[str, TensorList],
+    on_cpu: Callable[[Any], float],
+    in_pytorch: Callable[..., Tensor],
+    impl: Impl,
+    plan: Plan | None,
+) -> Tensor:
+    """Run a step over all groups of rows; return the penalty before it."""
+    names = [operand.name for operand in operation.operands]
+    values: list[float | Tensor] = []
+    for group in (plan or Plan()).groups(operation, [lists[name] for name in names], impl):
+        if group.impl == "cpu":
+            values.append(on_cpu(group.core_plan))
+            mark_written(operation, group.lists)
+        else:
+            values.append(_run_in_pytorch(names, group, in_pytorch))
+    return add_values(values, lists["params"])
+
+
+def _run_in_pytorch(names: list[str], group: Group, in_pytorch: Callable[..., Tensor]) -> Tensor:
+    named = dict(zip(names, group.lists, strict=True))
+    return in_pytorch(**named, ordinals=group.ordinals)
