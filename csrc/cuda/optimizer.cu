@@ -348,7 +348,7 @@ AdamStep<double>* coefficients_in(const Table& table, Run run) {
 
 }  // namespace
 
-std::int64_t adam_memory_needed(const Table& table) {
+std::int64_t step_memory_needed(const Table& table) {
   std::int64_t rows = 0;
   for (const Row& row : table.rows) rows = std::max(rows, row.ordinal + 1);
   return memory_needed(table) + rows * static_cast<std::int64_t>(sizeof(AdamStep<double>) / 8);

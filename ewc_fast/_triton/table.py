@@ -22,13 +22,17 @@ CHUNK = 16384
 """Elements that one program works on."""
 
 OPERANDS = 5
-"""Addresses in a record at least; operations with fewer repeat their last one."""
+"""Addresses in a record; those of operations with fewer are 0, and never read."""
+
+STEP_OPERANDS = 9
+"""The same for optimizers' steps, whose operands have places of their own (csrc/optimizer.h)."""
 
 NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, FIRST_ADDRESS = range(6)
 """Columns of a record before the addresses, and where these begin."""
 
 COLUMNS = FIRST_ADDRESS + OPERANDS
-"""Columns of a record of an operation with no more operands than that."""
+STEP_COLUMNS = FIRST_ADDRESS + STEP_OPERANDS
+"""Columns of a record."""
 
 
 class Row(NamedTuple):
@@ -68,6 +72,8 @@ class Table:
         self.device: torch.device | None = lists[0][0].device if lists[0] else None
         self.read_by_graphs: list[Tensor] = []
         self._stacked = [operand.stacked for operand in operation.operands]
+        self._are_counts = [operand.role == "count" for operand in operation.operands]
+        self._slots = [operand.slot for operand in operation.operands]
         tensors = list(zip(*lists, strict=True))
         self.rows = [self._row(*row) for row in zip(tensors, ordinals, strict=True)]
         self.launches = self._split(tensors)
@@ -114,7 +120,7 @@ class Table:
     def only_row(self, launch: Launch) -> tuple[list[int], Row, int]:
         """Return addresses and shape of a launch's one row, and whether it is aligned (1 or 0)."""
         (row,) = launch.rows
-        return _padded(self._addresses[row]), self.rows[row], self._aligned[row]
+        return self._placed(row), self.rows[row], self._aligned[row]
 
     def _row(self, tensors: Sequence[Tensor], ordinal: int) -> Row:
         single = tensors[self._stacked.index(False)]
@@ -158,24 +164,30 @@ class Table:
         )
 
     def _record(self, row: int) -> list[int]:
-        return [*self.rows[row], self._aligned.get(row, 0), *_padded(self._addresses[row])]
+        return [*self.rows[row], self._aligned.get(row, 0), *self._placed(row)]
+
+    def _placed(self, row: int) -> list[int]:
+        """Return a row's addresses where kernels look for them; 0 where there is no operand."""
+        if self._slots[0] is None:
+            return self._addresses[row] + [0] * (OPERANDS - len(self._slots))
+        placed = [0] * STEP_OPERANDS
+        for slot, address in zip(self._slots, self._addresses[row], strict=True):
+            assert slot is not None
+            placed[slot] = address
+        return placed
 
     def _is_aligned(self, row: int, launch: Launch) -> int:
         """Whether threads can move whole vectors of every operand: 1 or 0."""
         vector = launch.vector
-        starts = zip(self._addresses[row], launch.dtypes, strict=True)
+        starts = zip(self._addresses[row], launch.dtypes, self._are_counts, strict=True)
         return int(
-            all(address % (vector * dtype.itemsize) == 0 for address, dtype in starts)
+            all(a % (vector * dtype.itemsize) == 0 or is_count for a, dtype, is_count in starts)
             and self.rows[row].sample_stride % vector == 0
         )
 
 
 def _chunks_of(row: Row) -> int:
     return -(-row.numel // CHUNK)
-
-
-def _padded(addresses: list[int]) -> list[int]:
-    return addresses + addresses[-1:] * (OPERANDS - len(addresses))
 
 
 def _capturing(device: torch.device) -> bool:

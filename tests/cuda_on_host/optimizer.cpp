@@ -35,7 +35,7 @@ extern "C" double run(int adam, const GivenRow* rows, int count, std::int64_t el
                       int* launches) {
   const ewc_fast::Table table = as_table(rows, count, elements);
   const cuda::DeviceNumber there{lr, ewc_fast::DType::float32};
-  std::vector<double> memory(cuda::adam_memory_needed(table), std::nan(""));
+  std::vector<double> memory(cuda::step_memory_needed(table), std::nan(""));
   const cuda::Run run{nullptr, memory.data()};
   host::reverse_order = reverse_order != 0;
   host::launches = 0;
