@@ -246,12 +246,22 @@ def _chunk(
     p5 = tl.multiple_of(tl.cast(first, tl.pointer_type(MOMENT)), OF_MOMENT)
     p6 = tl.multiple_of(tl.cast(second, tl.pointer_type(MOMENT)), OF_MOMENT)
     p7 = tl.multiple_of(tl.cast(largest, tl.pointer_type(MOMENT)), OF_MOMENT)
+    # Once a chunk: what follows a store is not loaded before it.
+    c0 = tl.load(coefficients).to(COMPUTE)
+    c1 = tl.load(coefficients + 1).to(COMPUTE)
+    c2 = tl.load(coefficients + 2).to(COMPUTE)
+    c3 = tl.load(coefficients + 3).to(COMPUTE)
+    c4 = tl.load(coefficients + 4).to(COMPUTE)
+    c5 = tl.load(coefficients + 5).to(COMPUTE)
+    c6 = tl.load(coefficients + 6).to(COMPUTE)
+    c7 = tl.load(coefficients + 7).to(COMPUTE)
+    strength = tl.load(coefficients + _STRENGTH).to(COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     for block in range(whole):
         at = begin + tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = _block(
-            total, p0, p1, p2, p3, p4, p5, p6, p7, at, None, coefficients, ewc_lambda, row_seed,
-            STEP, HAS,
+            total, p0, p1, p2, p3, p4, p5, p6, p7, at, None, c0, c1, c2, c3, c4, c5, c6, c7,
+            strength, ewc_lambda, row_seed, STEP, HAS,
         )  # fmt: skip
 
     q0 = tl.cast(param, tl.pointer_type(PARAM))
@@ -268,8 +278,8 @@ def _chunk(
     for at_first in range(begin + whole * BLOCK, end, TAIL):
         at = tl.cast(at_first, tl.int64) + tl.arange(0, TAIL)
         rest = _block(
-            rest, q0, q1, q2, q3, q4, q5, q6, q7, at, at < end, coefficients, ewc_lambda, row_seed,
-            STEP, HAS,
+            rest, q0, q1, q2, q3, q4, q5, q6, q7, at, at < end, c0, c1, c2, c3, c4, c5, c6, c7,
+            strength, ewc_lambda, row_seed, STEP, HAS,
         )  # fmt: skip
     return tl.sum(total.to(tl.float64)) + tl.sum(rest.to(tl.float64))
 
@@ -287,7 +297,15 @@ def _block(
     largest,
     at,
     mask,
-    coefficients,
+    c0,  # the optimizer's coefficients, in the order of csrc/math.h
+    c1,
+    c2,
+    c3,
+    c4,
+    c5,
+    c6,
+    c7,
+    strength,
     ewc_lambda,
     seed,
     STEP: tl.constexpr,
@@ -318,43 +336,25 @@ def _block(
         total += pull * distance
         if not PROXIMAL:
             gradient += pull
-    gradient = decayed_gradient(_coefficient(coefficients, 0, total), gradient, theta)
+    gradient = decayed_gradient(c0, gradient, theta)
     if OPTIMIZER == "adam":
-        mean = moved_towards(
-            _coefficient(coefficients, 2, total), load(first, at, mask, total), gradient
-        )
-        square = adam_second_moment(
-            _coefficient(coefficients, 3, total),
-            _coefficient(coefficients, 4, total),
-            load(second, at, mask, total),
-            gradient,
-        )
+        mean = moved_towards(c2, load(first, at, mask, total), gradient)
+        square = adam_second_moment(c3, c4, load(second, at, mask, total), gradient)
         store(first, at, mask, mean)
         store(second, at, mask, square)
         if AMSGRAD:
             square = larger_or_nan(load(largest, at, mask, total), square)
             store(largest, at, mask, square)
-        theta = adam_param(
-            _coefficient(coefficients, 1, total),
-            _coefficient(coefficients, 5, total),
-            _coefficient(coefficients, 6, total),
-            _coefficient(coefficients, 7, total),
-            theta,
-            mean,
-            square,
-        )
+        theta = adam_param(c1, c5, c6, c7, theta, mean, square)
     else:
         tl.static_assert(OPTIMIZER == "sgd")
-        momentum = _coefficient(coefficients, 1, total)
         buffer = gradient
         if MOMENTS:
-            gain = _coefficient(coefficients, 2, total)
-            buffer = sgd_buffer(momentum, gain, load(first, at, mask, total), gradient, BEGINS)
+            buffer = sgd_buffer(c1, c2, load(first, at, mask, total), gradient, BEGINS)
             store(first, at, mask, buffer)
-        lr = _coefficient(coefficients, 3, total)
-        theta = sgd_param(lr, momentum, theta, gradient, buffer, NESTEROV)
+        theta = sgd_param(c3, c1, theta, gradient, buffer, NESTEROV)
     if SPRINGS and PROXIMAL:
-        theta = proximal(_coefficient(coefficients, _STRENGTH, total) * stiffness, theta, rest)
+        theta = proximal(strength * stiffness, theta, rest)
     if MASTER:
         store(master, at, mask, theta)
     if BY_CHANCE and param.dtype.element_ty == tl.bfloat16:
@@ -363,8 +363,3 @@ def _block(
         store(param, at, mask, theta)
     return total
 
-
-@triton.jit
-def _coefficient(coefficients, column: tl.constexpr, like):
-    """Load a number that all elements share, rounded once."""
-    return tl.load(coefficients + column).to(like.dtype)

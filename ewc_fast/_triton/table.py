@@ -22,7 +22,7 @@ CHUNK = 16384
 """Elements that one program works on."""
 
 OPERANDS = 5
-"""Addresses in a record; those of operations with fewer are 0, and never read."""
+"""Addresses in a record; operations with fewer repeat one, which nobody reads."""
 
 STEP_OPERANDS = 9
 """The same for optimizers' steps, whose operands have places of their own (csrc/optimizer.h)."""
@@ -120,7 +120,7 @@ class Table:
     def only_row(self, launch: Launch) -> tuple[list[int], Row, int]:
         """Return addresses and shape of a launch's one row, and whether it is aligned (1 or 0)."""
         (row,) = launch.rows
-        return self._placed(row), self.rows[row], self._aligned[row]
+        return self.placed(row), self.rows[row], self._aligned[row]
 
     def _row(self, tensors: Sequence[Tensor], ordinal: int) -> Row:
         single = tensors[self._stacked.index(False)]
@@ -164,13 +164,14 @@ class Table:
         )
 
     def _record(self, row: int) -> list[int]:
-        return [*self.rows[row], self._aligned.get(row, 0), *self._placed(row)]
+        return [*self.rows[row], self._aligned.get(row, 0), *self.placed(row)]
 
-    def _placed(self, row: int) -> list[int]:
-        """Return a row's addresses where kernels look for them; 0 where there is no operand."""
+    def placed(self, row: int) -> list[int]:
+        """Return a row's addresses where kernels look for them, with its first in the gaps."""
+        first = self._addresses[row][:1]
         if self._slots[0] is None:
-            return self._addresses[row] + [0] * (OPERANDS - len(self._slots))
-        placed = [0] * STEP_OPERANDS
+            return self._addresses[row] + first * (OPERANDS - len(self._slots))
+        placed = first * STEP_OPERANDS
         for slot, address in zip(self._slots, self._addresses[row], strict=True):
             assert slot is not None
             placed[slot] = address
