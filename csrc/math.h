@@ -77,10 +77,12 @@ EWC_FAST_FORMULA T decayed_gradient(T weight_decay, T grad, T param) {
   return weight_decay != 0 ? grad + weight_decay * param : grad;
 }
 
-// From `from` a share of the way to `to`: exactly `to` for the whole way.
+// From `from` a share of the way to `to`; for more than half of it backwards from `to`, which the
+// whole way then reaches exactly.
 template <class T>
 EWC_FAST_FORMULA T moved_towards(T share, T from, T to) {
-  return share < T(0.5) ? from + share * (to - from) : to - (to - from) * (T(1) - share);
+  const bool from_near = share < T(0.5);
+  return (from_near ? from : to) + (from_near ? share : share - T(1)) * (to - from);
 }
 
 template <class T>

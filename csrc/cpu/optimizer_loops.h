@@ -139,12 +139,13 @@ double over_blocks(const StepChunk& chunk, const StepOptions& options, Update up
 }
 
 template <class C, bool amsgrad>
-void adam_block(const Block<C>& block, const AdamStep<C>& step) {
+void adam_block(const Block<C> block, const AdamStep<C> step) {
   C* __restrict theta = block.theta;
   C* __restrict first = block.first;
   C* __restrict second = block.second;
   C* __restrict largest = block.largest;
   const C* __restrict grads = block.grad;
+#pragma GCC ivdep  // operands lie apart, each at its own place in the row
   for (std::int64_t i = 0; i < block.n; ++i) {
     const C grad = decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]),
                                     theta[i]);
@@ -170,10 +171,11 @@ double adam(const StepChunk& chunk, const AdamOptions& options, double power1, d
 }
 
 template <class C, bool momentum>
-void sgd_block(const Block<C>& block, const SgdStep<C>& step) {
+void sgd_block(const Block<C> block, const SgdStep<C> step) {
   C* __restrict theta = block.theta;
   C* __restrict buffers = block.first;
   const C* __restrict grads = block.grad;
+#pragma GCC ivdep  // operands lie apart, each at its own place in the row
   for (std::int64_t i = 0; i < block.n; ++i) {
     const C grad = decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]),
                                     theta[i]);
