@@ -166,4 +166,4 @@ def measured(case: Case, clock: Clock, effort: Effort) -> Result:
 
 
 if __name__ == "__main__":
-    script("gpu_optimizer", suite, SECONDS)
+    script(suite, SECONDS)

@@ -68,8 +68,15 @@ constexpr bool kBegins = false;
 template <class Op>
 constexpr bool kBegins<Op, std::void_t<decltype(&Op::begin)>> = true;
 
+// How many blocks of it a multiprocessor must be able to hold, so that registers are spent on that
+// and not on more blocks; 0 leaves it to the compiler.
+template <class Op, class = void>
+constexpr int kResidentBlocks = 0;
+template <class Op>
+constexpr int kResidentBlocks<Op, std::void_t<decltype(Op::kResident)>> = Op::kResident;
+
 template <class Op, int Capacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Op>)
     over_rows(const Rows<typename Op::Row, Capacity> __grid_constant__ rows, const Op given,
               double* partial) {
   constexpr int N = Op::kPack;

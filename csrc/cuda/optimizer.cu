@@ -210,6 +210,12 @@ struct StepSettings {
   const AdamStep<double>* coefficients = nullptr;  // by the rows' ordinals
 };
 
+// 80 registers (128 of double) hold a step of one thread; aiming at four blocks, ptxas spilled. Three
+// blocks have 3 * 256 * 112 bytes of loads on their way, where an H200 needs some 30 KB to keep its
+// memory busy.
+template <class C>
+constexpr int kStepBlocks = sizeof(C) == 8 ? 2 : 3;
+
 template <class Types>
 struct Adam {
   using C = typename Types::C;
@@ -217,6 +223,7 @@ struct Adam {
   using Row = StepRow<Types, 3>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
+  static constexpr int kResident = kStepBlocks<C>;
 
   Around<C> around;
   double ewc_lambda;
@@ -253,6 +260,7 @@ struct Sgd {
   using Row = StepRow<Types, 1>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
+  static constexpr int kResident = kStepBlocks<C>;
 
   Around<C> around;
   double ewc_lambda;

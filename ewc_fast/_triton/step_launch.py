@@ -121,7 +121,7 @@ def constants(
         ),
         "COMPUTE": tl.float64 if wide else tl.float32,
         "VECTOR": part.vector,
-        "BLOCK": 256 if wide else 512,  # 2 or 4 elements a thread
+        "BLOCK": 512 if wide else 1024,  # 4 or 8 elements a thread
         "PARAM": launch.DTYPES[param],
         "FISHER": launch.DTYPES[dtypes.get("fisher", param)],
         "MOMENT": launch.DTYPES[moment],
