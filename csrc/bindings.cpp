@@ -261,10 +261,9 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("uses_exchange", &TensorReader::uses_exchange);
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init([](const TensorReader& reader, const std::vector<SpecTuple>& specs,
-                       const std::vector<int>& slots) {
-             return Plan(reader, specs_of(specs, slots));
-           }),
+      .def(py::init(
+               [](const TensorReader& reader, const std::vector<SpecTuple>& specs,
+                  const std::vector<int>& slots) { return Plan(reader, specs_of(specs, slots)); }),
            py::arg("reader"), py::arg("specs"), py::arg("slots") = std::vector<int>{},
            py::keep_alive<1, 2>())
       .def_property_readonly("moves", &Plan::moves)

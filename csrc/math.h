@@ -93,9 +93,9 @@ EWC_FAST_FORMULA T larger_or_nan(T one, T other) {
 // What all elements of a row share in a step of Adam.
 template <class T>
 struct AdamStep {
-  T weight_decay;     // inside the gradient; 0 where decoupled
-  T kept;             // what decoupled weight decay leaves of theta, 1 - eta w; else 1
-  T first_share;      // 1 - beta1
+  T weight_decay;  // inside the gradient; 0 where decoupled
+  T kept;          // what decoupled weight decay leaves of theta, 1 - eta w; else 1
+  T first_share;   // 1 - beta1
   T beta2;
   T second_share;     // 1 - beta2
   T step_size;        // eta / (1 - beta1^t)
@@ -125,7 +125,7 @@ struct SgdStep {
   T momentum;
   T gain;  // 1 - dampening
   T lr;
-  bool first;     // the buffer begins as the gradient, undamped
+  bool first;  // the buffer begins as the gradient, undamped
   bool nesterov;
 };
 

@@ -19,7 +19,8 @@ namespace ewc_fast {
 //   first     written; Adam's first moment, SGD's momentum buffer
 //   second    written; Adam's second moment
 //   largest   written; the largest second moment so far (amsgrad)
-//   count     written; the number of steps taken, one float32 for the whole row. A step adds 1 to it
+//   count     written; the number of steps taken, one float32 for the whole row. A step adds 1 to
+//   it
 //             before anything else.
 //
 // Moments are of the parameters' dtype, or float beside 16-bit parameters (Row::moments).
@@ -36,11 +37,13 @@ enum StepOperand {
   kStepOperands
 };
 
-// With springs, a step returns lambda/2 sum F (theta - a)^2 at theta before the step, in both modes.
+// With springs, a step returns lambda/2 sum F (theta - a)^2 at theta before the step, in both
+// modes.
 struct StepOptions {
   double lr = 0, weight_decay = 0, ewc_lambda = 0;
   bool maximize = false;
-  bool proximal = false;  // the springs act by a proximal step after the update, not in the gradient
+  bool proximal =
+      false;  // the springs act by a proximal step after the update, not in the gradient
   bool by_chance = false;  // rounds bfloat16 parameters by chance
   std::uint32_t seed = 0;
 };
@@ -59,7 +62,8 @@ struct SgdOptions : StepOptions {
 // Coefficients are computed in double and rounded once, as PyTorch rounds a number beside a tensor.
 // The powers are beta1^t and beta2^t, with t the number of steps including this one.
 template <class T>
-EWC_FAST_FORMULA AdamStep<T> adam_step_of(const AdamOptions& options, double power1, double power2) {
+EWC_FAST_FORMULA AdamStep<T> adam_step_of(const AdamOptions& options, double power1,
+                                          double power2) {
   const double decay = options.weight_decay;
   return {static_cast<T>(options.decoupled ? 0 : decay),
           static_cast<T>(options.decoupled ? 1 - options.lr * decay : 1),

@@ -21,7 +21,10 @@ class GradientReader:
 
 class Plan:
     def __init__(
-        self, reader: TensorReader, specs: Sequence[tuple[str, str, bool, bool, bool]]
+        self,
+        reader: TensorReader,
+        specs: Sequence[tuple[str, str, bool, bool, bool]],
+        slots: Sequence[int] = (),
     ) -> None: ...
     @property
     def moves(self) -> int: ...
@@ -43,6 +46,41 @@ def merge_online(
     plan: Plan, coefficient: float, threads: int, level: int = 0, seed: int = 0
 ) -> None: ...
 def proximal_step(plan: Plan, coefficient: float, threads: int, level: int = 0) -> None: ...
+
+class AdamOptions:
+    def __init__(
+        self,
+        lr: float,
+        weight_decay: float,
+        ewc_lambda: float,
+        maximize: bool,
+        proximal: bool,
+        rounding_seed: int | None,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decoupled: bool,
+        /,
+    ) -> None: ...
+
+class SgdOptions:
+    def __init__(
+        self,
+        lr: float,
+        weight_decay: float,
+        ewc_lambda: float,
+        maximize: bool,
+        proximal: bool,
+        rounding_seed: int | None,
+        momentum: float,
+        dampening: float,
+        nesterov: bool,
+        first: bool,
+        /,
+    ) -> None: ...
+
+def adam_step(plan: Plan, options: AdamOptions, threads: int, level: int = 0) -> float: ...
+def sgd_step(plan: Plan, options: SgdOptions, threads: int, level: int = 0) -> float: ...
 def squared_product(
     reader: TensorReader,
     total: Tensor,

@@ -66,6 +66,11 @@ class ActiveSprings:
         self._proximal_plan = functional.Plan(pinned=("fisher", "anchor"))
         self._moving_part: tuple[list[bool], ActiveSprings] | None = None
 
+    @property
+    def operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The parameters, their Fisher and their anchor, for steps that have the springs inside."""
+        return self._params, self._fisher, self._anchor
+
     def penalty(self, ewc_lambda: float) -> Tensor:
         """Return the penalty as a differentiable float64 scalar."""
         moving = self._moving()

@@ -62,8 +62,7 @@ def adam_step_(
 
     def on_cpu(core_plan: Any) -> float:
         now = core.AdamOptions(*_with_rate(options, lr))
-        value: float = core.adam_step(core_plan, now, torch.get_num_threads())
-        return value
+        return core.adam_step(core_plan, now, torch.get_num_threads())
 
     def reference(**operands: Any) -> Tensor:
         return reference_steps.adam_step_(_with_rate(options, lr), **operands)
@@ -83,8 +82,7 @@ def sgd_step_(
 
     def on_cpu(core_plan: Any) -> float:
         now = core.SgdOptions(*_with_rate(options, lr))
-        value: float = core.sgd_step(core_plan, now, torch.get_num_threads())
-        return value
+        return core.sgd_step(core_plan, now, torch.get_num_threads())
 
     def reference(**operands: Any) -> Tensor:
         return reference_steps.sgd_step_(_with_rate(options, lr), **operands)

@@ -3,12 +3,14 @@ r"""The specification of the optimizers' fused steps, in plain PyTorch.
 All lists run in parallel: entry ``i`` of each belongs to parameter ``i``. Arithmetic is in float32
 (float64 for float64 parameters), each result rounded once to the dtype it is kept in. Operations
 stand in the order of PyTorch's own optimizers on one tensor after another (``foreach=False``); the
-compiled steps give the same bits (float64: but for PyTorch's square root). With :math:`\theta` from ``master`` where there is one:
+compiled steps give the same bits (float64: but for PyTorch's square root). With :math:`\theta` from
+``master`` where there is one:
 
 ==============  ====================================================================
 gradient        :math:`g = \pm g`, minus to maximize
 springs         :math:`g \mathrel{+}= \lambda F (\theta - a)` (``proximal=False``)
-weight decay    :math:`g \mathrel{+}= w \theta`, or decoupled: :math:`\theta \leftarrow (1 - \eta w) \theta`
+weight decay    :math:`g \mathrel{+}= w \theta`, or decoupled:
+                :math:`\theta \leftarrow (1 - \eta w) \theta`
 Adam            :math:`m' = m + (1 - \beta_1)(g - m)`, :math:`v' = \beta_2 v + (1 - \beta_2) g^2`,
                 :math:`\theta \leftarrow \theta - \frac{\eta}{1 - \beta_1^t} m' /
                 (\sqrt{v'} / \sqrt{1 - \beta_2^t} + \epsilon)`
@@ -81,7 +83,7 @@ def adam_step_(
 ) -> Tensor:
     """Take a step of Adam; return the springs' penalty before it, a float64 scalar."""
     springs = _Springs(fisher, anchor, options)
-    for i, param in enumerate(params):
+    for i in range(len(params)):
         steps[i] += 1
         t = steps[i].item()
         theta = _read(params, master, i)
@@ -120,7 +122,7 @@ def sgd_step_(
 ) -> Tensor:
     """Take a step of SGD; return the springs' penalty before it, a float64 scalar."""
     springs = _Springs(fisher, anchor, options)
-    for i, param in enumerate(params):
+    for i in range(len(params)):
         theta = _read(params, master, i)
         grad = springs.pulled(i, _signed(grads[i], theta, options), theta)
         grad = direction = _decayed(grad, theta, options)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "fisher": {"functional", "products", "sums", "_checks"},
     "flat": {"_checks", "_native"},
     "ewc": {"fisher", "functional", "_springs", "_checks", "_dispatch"},
-    "optim": {"ewc", "_springs", "_checks"},
+    "optim": {"ewc", "functional", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional"},
     "demo": {"__init__"},
     "cli": {"__init__", "demo", "_native", "_triton"},

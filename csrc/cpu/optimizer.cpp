@@ -33,12 +33,8 @@ std::vector<Powers> count_step(const std::vector<Row>& rows, const AdamOptions& 
 }
 
 StepChunk step_chunk(const Row& row, const Chunk& chunk, const StepOptions& options) {
-  StepChunk made{{},
-                 chunk.length,
-                 row.dtype,
-                 row.fisher,
-                 row.moments,
-                 rounding_of(options.seed, row, chunk)};
+  StepChunk made{{},         chunk.length, row.dtype,
+                 row.fisher, row.moments,  rounding_of(options.seed, row, chunk)};
   for (int operand = 0; operand < kStepOperands; ++operand)
     if (row.data[operand] != nullptr) made.data[operand] = row.at(operand, chunk.offset);
   return made;

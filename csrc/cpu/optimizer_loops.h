@@ -147,8 +147,8 @@ void adam_block(const Block<C> block, const AdamStep<C> step) {
   const C* __restrict grads = block.grad;
 #pragma GCC ivdep  // operands lie apart, each at its own place in the row
   for (std::int64_t i = 0; i < block.n; ++i) {
-    const C grad = decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]),
-                                    theta[i]);
+    const C grad =
+        decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]), theta[i]);
     const C new_first = adam_first_moment(step, first[i], grad);
     const C new_second = adam_second_moment(step, second[i], grad);
     const C used = amsgrad ? larger_or_nan(largest[i], new_second) : new_second;
@@ -177,8 +177,8 @@ void sgd_block(const Block<C> block, const SgdStep<C> step) {
   const C* __restrict grads = block.grad;
 #pragma GCC ivdep  // operands lie apart, each at its own place in the row
   for (std::int64_t i = 0; i < block.n; ++i) {
-    const C grad = decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]),
-                                    theta[i]);
+    const C grad =
+        decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]), theta[i]);
     if constexpr (momentum) {
       buffers[i] = sgd_buffer(step, buffers[i], grad);
       theta[i] = sgd_param(step, theta[i], grad, buffers[i]);
@@ -202,4 +202,7 @@ double sgd(const StepChunk& chunk, const SgdOptions& options) {
 }  // namespace
 }  // namespace ewc_fast::cpu
 
-#define EWC_FAST_STEP_KERNELS {{adam<float>, adam<double>}, {sgd<float>, sgd<double>}}
+#define EWC_FAST_STEP_KERNELS                                \
+  {                                                          \
+    {adam<float>, adam<double>}, { sgd<float>, sgd<double> } \
+  }

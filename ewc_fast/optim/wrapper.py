@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ewc_fast import _checks
 from ewc_fast._springs import ActiveSprings
 from ewc_fast.ewc import EWC
+from ewc_fast.optim.arguments import check_ewc, check_mode
 
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -84,21 +84,13 @@ class EWCOptimizer(Optimizer):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        if not isinstance(ewc, EWC):
-            raise TypeError(f"ewc: expected an ewc_fast.EWC, got {type(ewc).__name__}")
-        _checks.one_of("mode", mode, ("gradient", "proximal"))
+        check_mode(mode)
         if mode == "gradient" and any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError(
                 "optimizer: maximize=True would turn the penalty's gradient around and push away "
                 "from the anchor; minimize the negative instead, or use mode='proximal'"
             )
-        ewc.track()
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, ewc.parameters.values())):
-            raise ValueError(
-                "optimizer: holds none of the parameters that ewc tracks; build both from the "
-                "same model, after moving it to its device"
-            )
+        check_ewc(ewc, optimizer.param_groups)
         # Not Optimizer.__init__, which would make groups and state of its own.
         self.__setstate__({"optimizer": optimizer, "ewc": ewc, "mode": mode})
 
