@@ -1,10 +1,9 @@
 // The loops of the optimizers' steps. Included by steps_*.cpp, each compiled for its own vector
 // level; internal linkage throughout (see loops.h).
 //
-// One pass over memory: a step goes block by block, through several loops that find the block in
-// the first-level cache. Operands in the dtype that is computed with are used where they lie;
-// others are converted to a buffer and back. So conversions, springs and updates are each written
-// once, not once for each combination of dtypes.
+// One pass over memory: a step goes block by block. Operands in the dtype that is computed with are
+// used where they lie; others are converted to a buffer in the first-level cache and back. So there
+// is one loop for all combinations of dtypes.
 //
 // Compiled without contraction to FMA: products and sums are rounded each, as in PyTorch and on the
 // GPU, and every level gives the same bits. Memory is the limit.
@@ -57,79 +56,76 @@ void keep_by_chance(void* data, std::int64_t begin, std::int64_t n, const C* __r
   }
 }
 
-// Puts the signed gradient and, unless the springs act after the update, their pull into `out`;
-// returns sum lambda F (theta - a)^2.
-template <class C, bool proximal>
-double pull(C* __restrict out, const C* __restrict grad, const C* __restrict theta,
-            const C* __restrict fisher, const C* __restrict anchor, std::int64_t n, C sign,
-            C ewc_lambda) {
-  return sum_terms<C>(n, [=](std::int64_t i) __attribute__((always_inline)) {
-    const C distance = theta[i] - anchor[i];
-    const C pulling = penalty_gradient<C>(ewc_lambda, fisher[i], distance);
-    const C signed_grad = signed_gradient(sign, grad[i]);
-    out[i] = proximal ? signed_grad : signed_grad + pulling;
-    return pulling * distance;
-  });
-}
-
-template <class C>
-void settle(C* __restrict theta, const C* __restrict fisher, const C* __restrict anchor,
-            std::int64_t n, C eta_lambda) {
-  for (std::int64_t i = 0; i < n; ++i)
-    theta[i] = ewc_fast::proximal<C>(eta_lambda * fisher[i], theta[i], anchor[i]);
-}
+enum class Springs { none, gradient, proximal };
 
 // One block's operands as C.
 template <class C>
 struct Block {
-  std::int64_t begin, n;
-  C *theta, *grad, *fisher, *anchor, *first, *second, *largest;
-  C sign;  // that the gradient is still to be multiplied with
+  std::int64_t length;
+  C* theta;
+  const C *grad, *fisher, *anchor;
+  C *first, *second, *largest;
+  C sign, weight_decay, ewc_lambda, eta_lambda;
 };
 
-// What every optimizer does around its own update of a block.
-template <class C, class Update>
-double over_blocks(const StepChunk& chunk, const StepOptions& options, Update update) {
+// Takes the step of every element: springs and weight decay here, update(i, gradient, theta) is
+// what the optimizer makes of them. Returns sum lambda F (theta - a)^2, added up in a loop of its
+// own: beside the update compilers would vectorise neither.
+template <class C, Springs springs, class Update>
+double walk(const Block<C> block, Update update) {
+  alignas(64) Buffer<C> terms;
+#pragma GCC ivdep  // operands lie apart, each at its own place in the row
+  for (std::int64_t i = 0; i < block.length; ++i) {
+    const C theta = block.theta[i];
+    C grad = signed_gradient(block.sign, block.grad[i]);
+    if constexpr (springs != Springs::none) {
+      const C distance = theta - block.anchor[i];
+      const C pull = penalty_gradient(block.ewc_lambda, block.fisher[i], distance);
+      terms[i] = pull * distance;
+      if constexpr (springs == Springs::gradient) grad = grad + pull;
+    }
+    C moved = update(i, decayed_gradient(block.weight_decay, grad, theta), theta);
+    if constexpr (springs == Springs::proximal)
+      moved = proximal(block.eta_lambda * block.fisher[i], moved, block.anchor[i]);
+    block.theta[i] = moved;
+  }
+  if constexpr (springs == Springs::none) return 0;
+  return sum_terms<C>(block.length, [&](std::int64_t i) { return terms[i]; });
+}
+
+// Goes through a chunk block by block. `update_of(block)` returns what walk() calls.
+template <class C, Springs springs, class UpdateOf>
+double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_decay,
+                   UpdateOf update_of) {
   alignas(64) Buffer<C> theta, grad, fisher, first, second, largest;
   const DType state = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
-  void* const master = chunk.data[kStepMaster];
-  const C ewc_lambda = static_cast<C>(options.ewc_lambda);
-  const C eta_lambda = static_cast<C>(options.lr * options.ewc_lambda);
+  const auto& data = chunk.data;
   double sum = 0;
   for (std::int64_t begin = 0; begin < chunk.length; begin += kBlock) {
     const std::int64_t n = chunk.length - begin < kBlock ? chunk.length - begin : kBlock;
     const auto stage = [&](StepOperand operand, DType dtype, C* buffer) {
-      return staged<C>(chunk.data[operand], dtype, begin, n, buffer);
+      return staged<C>(data[operand], dtype, begin, n, buffer);
     };
-    Block<C> block{begin,
-                   n,
-                   master != nullptr ? stage(kStepMaster, state, theta)
-                                     : stage(kStepParam, chunk.param, theta),
-                   stage(kStepGrad, chunk.param, grad),
-                   stage(kStepFisher, chunk.fisher, fisher),
-                   stage(kStepAnchor, state, nullptr),
-                   stage(kStepFirst, chunk.moments, first),
-                   stage(kStepSecond, chunk.moments, second),
-                   stage(kStepLargest, chunk.moments, largest),
-                   options.maximize ? C(-1) : C(1)};
-    if (block.fisher != nullptr) {
-      alignas(64) Buffer<C> pulled;
-      const auto pull_block = options.proximal ? pull<C, true> : pull<C, false>;
-      sum += pull_block(pulled, block.grad, block.theta, block.fisher, block.anchor, n, block.sign,
-                        ewc_lambda);
-      block.grad = pulled;
-      block.sign = 1;
-      update(block);
-      if (options.proximal) settle(block.theta, block.fisher, block.anchor, n, eta_lambda);
-    } else {
-      update(block);
-    }
+    const Block<C> block{n,
+                         data[kStepMaster] != nullptr ? stage(kStepMaster, state, theta)
+                                                      : stage(kStepParam, chunk.param, theta),
+                         stage(kStepGrad, chunk.param, grad),
+                         stage(kStepFisher, chunk.fisher, fisher),
+                         stage(kStepAnchor, state, nullptr),
+                         stage(kStepFirst, chunk.moments, first),
+                         stage(kStepSecond, chunk.moments, second),
+                         stage(kStepLargest, chunk.moments, largest),
+                         options.maximize ? C(-1) : C(1),
+                         weight_decay,
+                         static_cast<C>(options.ewc_lambda),
+                         static_cast<C>(options.lr * options.ewc_lambda)};
+    sum += walk<C, springs>(block, update_of(block));
     if (options.by_chance && chunk.param == DType::bfloat16)
-      keep_by_chance(chunk.data[kStepParam], begin, n, block.theta, chunk.rounding);
+      keep_by_chance(data[kStepParam], begin, n, block.theta, chunk.rounding);
     else
-      keep(chunk.data[kStepParam], chunk.param, begin, n, block.theta);
+      keep(data[kStepParam], chunk.param, begin, n, block.theta);
     const auto keep_moment = [&](StepOperand operand, const C* values) {
-      if (values != nullptr) keep(chunk.data[operand], chunk.moments, begin, n, values);
+      if (values != nullptr) keep(data[operand], chunk.moments, begin, n, values);
     };
     keep_moment(kStepFirst, block.first);
     keep_moment(kStepSecond, block.second);
@@ -138,65 +134,54 @@ double over_blocks(const StepChunk& chunk, const StepOptions& options, Update up
   return sum;
 }
 
+template <class C, class UpdateOf>
+double over_chunk(const StepChunk& chunk, const StepOptions& options, C weight_decay,
+                  UpdateOf update_of) {
+  if (chunk.data[kStepFisher] == nullptr)
+    return over_blocks<C, Springs::none>(chunk, options, weight_decay, update_of);
+  if (options.proximal)
+    return over_blocks<C, Springs::proximal>(chunk, options, weight_decay, update_of);
+  return over_blocks<C, Springs::gradient>(chunk, options, weight_decay, update_of);
+}
+
 template <class C, bool amsgrad>
-void adam_block(const Block<C> block, const AdamStep<C> step) {
-  C* __restrict theta = block.theta;
-  C* __restrict first = block.first;
-  C* __restrict second = block.second;
-  C* __restrict largest = block.largest;
-  const C* __restrict grads = block.grad;
-#pragma GCC ivdep  // operands lie apart, each at its own place in the row
-  for (std::int64_t i = 0; i < block.n; ++i) {
-    const C grad =
-        decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]), theta[i]);
-    const C new_first = adam_first_moment(step, first[i], grad);
-    const C new_second = adam_second_moment(step, second[i], grad);
-    const C used = amsgrad ? larger_or_nan(largest[i], new_second) : new_second;
-    first[i] = new_first;
-    second[i] = new_second;
-    if constexpr (amsgrad) largest[i] = used;
-    theta[i] = adam_param(step, theta[i], new_first, used);
-  }
+double adam_chunk(const StepChunk& chunk, const AdamOptions& options, const AdamStep<C> step) {
+  return over_chunk<C>(chunk, options, step.weight_decay, [=](const Block<C>& block) {
+    return [=, first = block.first, second = block.second, largest = block.largest](
+               std::int64_t i, C grad, C theta) __attribute__((always_inline)) {
+      const C new_first = first[i] = adam_first_moment(step, first[i], grad);
+      const C new_second = second[i] = adam_second_moment(step, second[i], grad);
+      if constexpr (!amsgrad) return adam_param(step, theta, new_first, new_second);
+      const C new_largest = largest[i] = larger_or_nan(largest[i], new_second);
+      return adam_param(step, theta, new_first, new_largest);
+    };
+  });
 }
 
 template <class C>
 double adam(const StepChunk& chunk, const AdamOptions& options, double power1, double power2) {
   const AdamStep<C> step = adam_step_of<C>(options, power1, power2);
-  return over_blocks<C>(chunk, options, [&](const Block<C>& block) {
-    if (block.largest != nullptr)
-      adam_block<C, true>(block, step);
-    else
-      adam_block<C, false>(block, step);
-  });
+  return chunk.data[kStepLargest] != nullptr ? adam_chunk<C, true>(chunk, options, step)
+                                             : adam_chunk<C, false>(chunk, options, step);
 }
 
 template <class C, bool momentum>
-void sgd_block(const Block<C> block, const SgdStep<C> step) {
-  C* __restrict theta = block.theta;
-  C* __restrict buffers = block.first;
-  const C* __restrict grads = block.grad;
-#pragma GCC ivdep  // operands lie apart, each at its own place in the row
-  for (std::int64_t i = 0; i < block.n; ++i) {
-    const C grad =
-        decayed_gradient(step.weight_decay, signed_gradient(block.sign, grads[i]), theta[i]);
-    if constexpr (momentum) {
-      buffers[i] = sgd_buffer(step, buffers[i], grad);
-      theta[i] = sgd_param(step, theta[i], grad, buffers[i]);
-    } else {
-      theta[i] = sgd_param(step, theta[i], grad, grad);
-    }
-  }
+double sgd_chunk(const StepChunk& chunk, const SgdOptions& options, const SgdStep<C> step) {
+  return over_chunk<C>(chunk, options, step.weight_decay, [=](const Block<C>& block) {
+    return [=, buffers = block.first](std::int64_t i, C grad, C theta)
+               __attribute__((always_inline)) {
+                 if constexpr (!momentum) return sgd_param(step, theta, grad, grad);
+                 const C buffer = buffers[i] = sgd_buffer(step, buffers[i], grad);
+                 return sgd_param(step, theta, grad, buffer);
+               };
+  });
 }
 
 template <class C>
 double sgd(const StepChunk& chunk, const SgdOptions& options) {
   const SgdStep<C> step = sgd_step_of<C>(options);
-  return over_blocks<C>(chunk, options, [&](const Block<C>& block) {
-    if (block.first != nullptr)
-      sgd_block<C, true>(block, step);
-    else
-      sgd_block<C, false>(block, step);
-  });
+  return chunk.data[kStepFirst] != nullptr ? sgd_chunk<C, true>(chunk, options, step)
+                                           : sgd_chunk<C, false>(chunk, options, step);
 }
 
 }  // namespace
