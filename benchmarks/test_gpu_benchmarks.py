@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_gpu_fisher
 import bench_gpu_operations
+import bench_gpu_optimizer
 import bench_gpu_products
 import build_core
 import gpu_table
@@ -34,6 +35,7 @@ from harness import MismatchError, Provider, Result, environment
 
 SUITES = {
     "operations": bench_gpu_operations.suite,
+    "optimizer": bench_gpu_optimizer.suite,
     "products": bench_gpu_products.suite,
     "fisher": bench_gpu_fisher.suite,
 }
