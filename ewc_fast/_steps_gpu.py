@@ -13,9 +13,7 @@ from ewc_fast.reference_steps import AdamOptions, SgdOptions
 Options = AdamOptions | SgdOptions
 
 
-def run(
-    operation: Operation, group: Group, options: Options, lr: Tensor | None
-) -> Tensor | None:
+def run(operation: Operation, group: Group, options: Options, lr: Tensor | None) -> Tensor | None:
     """Take a step with one group of rows; return the penalty before it, where there are springs.
 
     ``lr``, a scalar on the device, counts instead of the options' where it is given. Nobody waits.
@@ -41,11 +39,11 @@ def _run_cuda(
     memory = torch.empty(needed, dtype=torch.float64, device=group.lists[0][0].device)
     address, is_double = (0, False) if lr is None else (lr.data_ptr(), lr.dtype == torch.float64)
     if isinstance(options, AdamOptions):
-        native = core.AdamOptions(*options)
-        core.cuda_adam_step(group.core_plan, native, memory.data_ptr(), address, is_double)
+        adam = core.AdamOptions(*options)
+        core.cuda_adam_step(group.core_plan, adam, memory.data_ptr(), address, is_double)
     else:
-        native = core.SgdOptions(*options)
-        core.cuda_sgd_step(group.core_plan, native, memory.data_ptr(), address, is_double)
+        sgd = core.SgdOptions(*options)
+        core.cuda_sgd_step(group.core_plan, sgd, memory.data_ptr(), address, is_double)
     return memory[0] if operation.sums else None
 
 

@@ -190,7 +190,7 @@ def _learning_rate(lr: float | Tensor) -> tuple[float, Tensor | None]:
     graph takes what stands there at each replay.
     """
     if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        return _checks.non_negative("lr", lr), None
+        return _checks.non_negative("lr", float(lr) if isinstance(lr, Tensor) else lr), None
     if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             "lr: expected a number or a scalar of float32 or float64, got "

@@ -4,7 +4,7 @@ take them. Names and slots are those of ``ewc_fast.steps`` and ``csrc/optimizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Step:
     amsgrad: bool = False
     master: bool = False
     fisher: torch.dtype | None = None  # None: the state's
-    moments: torch.dtype | None = None  # None: what is computed in
+    narrow: bool = False  # moments of 16-bit parameters are 16 bits wide too
 
     @property
     def adam(self) -> bool:
@@ -53,35 +53,36 @@ class Step:
         """Whether parameters of a dtype can have such operands."""
         wide = dtype in (torch.float32, torch.float64)
         return not (
-            (wide and (self.master or self.moments is not None))
+            (wide and (self.master or self.narrow))
             or (dtype == torch.float64 and self.fisher is not None)
         )
 
     def make(self, params: list[Tensor]) -> Lists:
         """Return random operands around parameters."""
-        moments = [self.moments and p.dtype or compute_dtype(p.dtype) for p in params]
+        dtypes = [p.dtype if self.narrow else compute_dtype(p.dtype) for p in params]
         made: Lists = {"params": params, "grads": noise(params)}
         if self.springs:
             made |= {"fisher": positive(params, self.fisher), "anchor": state(params)}
         if self.master:
             made["master"] = [p.float() + 2**-12 * torch.randn(p.shape) for p in params]
         if self.adam:
-            made["exp_avgs"] = [0.1 * m.to(d) for m, d in zip(state(params), moments, strict=True)]
-            squares = [(m.square() + 1e-6) for m in state(params)]
-            made["exp_avg_sqs"] = [s.to(d) for s, d in zip(squares, moments, strict=True)]
+            made["exp_avgs"] = _to([0.1 * m for m in state(params)], dtypes)
+            made["exp_avg_sqs"] = _to([m.square() + 1e-6 for m in state(params)], dtypes)
             made["steps"] = [torch.tensor(float(3 + i % 5)) for i in range(len(params))]
         elif self.options.momentum:
-            made["momentum_buffers"] = [m.to(d) for m, d in zip(state(params), moments, strict=True)]
+            made["momentum_buffers"] = _to(state(params), dtypes)
         if self.amsgrad:
-            made["max_exp_avg_sqs"] = [
-                m.square().to(d) for m, d in zip(state(params), moments, strict=True)
-            ]
+            made["max_exp_avg_sqs"] = _to([m.square() for m in state(params)], dtypes)
         return made
 
     def reference(self, lists: Lists) -> float:
         """Take the step of the specification; return the penalty before it."""
         step = reference_steps.adam_step_ if self.adam else reference_steps.sgd_step_
         return step(self.options, **lists).item()
+
+
+def _to(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    return [t.to(d) for t, d in zip(tensors, dtypes, strict=True)]
 
 
 def copied(lists: Lists) -> Lists:
@@ -95,8 +96,8 @@ STEPS = {
     "adamw": Step(ADAM._replace(weight_decay=0.1, decoupled=True), amsgrad=True),
     "adamw_proximal": Step(ADAM._replace(weight_decay=0.1, decoupled=True, proximal=True)),
     "adam_master": Step(ADAM, master=True, amsgrad=True),
-    "adam_moments": Step(ADAM, moments=torch.float16),
-    "adam_bfloat16_fisher": Step(ADAM, fisher=torch.bfloat16, moments=torch.float16),
+    "adam_moments": Step(ADAM, narrow=True),
+    "adam_bfloat16_fisher": Step(ADAM, fisher=torch.bfloat16, narrow=True),
     "adam_bfloat16_fisher_master": Step(ADAM, fisher=torch.bfloat16, master=True),
     "adam_by_chance": Step(ADAM._replace(rounding_seed=0xDEADBEEF)),
     "adam_betas": Step(ADAM._replace(beta1=0.0, beta2=0.3)),
@@ -107,5 +108,5 @@ STEPS = {
     "sgd_dampened_proximal": Step(SGD._replace(dampening=0.3, proximal=True)),
     "sgd_first": Step(SGD._replace(first=True, dampening=0.3)),
     "sgd_master": Step(SGD, master=True, fisher=torch.bfloat16),
-    "sgd_by_chance": Step(SGD._replace(rounding_seed=5), moments=torch.float16),
+    "sgd_by_chance": Step(SGD._replace(rounding_seed=5), narrow=True),
 }

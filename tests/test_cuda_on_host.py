@@ -218,7 +218,8 @@ def test_both_thread_orders_give_the_same_bits(run, operation):
 @pytest.mark.skipif("EWC_FAST_CUDA_ON_HOST" in os.environ, reason="these are those tests")
 def test_nothing_is_read_or_written_outside_the_operands(tmp_path):
     """The same tests once more, in a process of its own under AddressSanitizer."""
-    library = build("operations", tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    library = build("operations", tmp_path, *options)
     compiler = shutil.which("g++") or "g++"
     runtimes = [
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()

@@ -40,8 +40,8 @@ struct DeviceNumber {
   DType dtype = DType::float32;
 };
 
-// The steps of optimizers; operands as in optimizer.h. Value where there are springs. run.memory has
-// step_memory_needed() doubles.
+// The steps of optimizers; operands as in optimizer.h. Value where there are springs. run.memory
+// has step_memory_needed() doubles.
 std::int64_t step_memory_needed(const Table& table);
 void adam_step(const Table& table, Run run, const AdamOptions& options, DeviceNumber lr);
 void sgd_step(const Table& table, Run run, const SgdOptions& options, DeviceNumber lr);

@@ -7,9 +7,9 @@
 // bfloat16 Fisher saves 2, moments of 16 bits 4 each. Adam does some 30 operations an element with
 // two divisions and a square root, where an H200 has time for 200 while it moves 36 bytes.
 //
-// What a step lacks has no address. All rows of a launch lack the same, mostly, and all threads of a
-// block do, so the branches cost next to nothing; an instance for each of the combinations would
-// make 32 times as many. All loads of a step come before its arithmetic and are in flight at once.
+// What a step lacks has no address. All threads of a block lack the same, so that the branches cost
+// next to nothing, where an instance for each of the combinations would make 32 times as many. All
+// loads of a step come before its arithmetic, under predicates, and are in flight at once.
 #include <cmath>
 
 #include "../optimizer.h"
@@ -62,9 +62,9 @@ struct StepRow {
 
 template <class C>
 __device__ AdamStep<C> rounded(const AdamStep<double>& step) {
-  return {static_cast<C>(step.weight_decay), static_cast<C>(step.kept),
-          static_cast<C>(step.first_share),  static_cast<C>(step.beta2),
-          static_cast<C>(step.second_share), static_cast<C>(step.step_size),
+  return {static_cast<C>(step.weight_decay),    static_cast<C>(step.kept),
+          static_cast<C>(step.first_share),     static_cast<C>(step.beta2),
+          static_cast<C>(step.second_share),    static_cast<C>(step.step_size),
           static_cast<C>(step.root_correction), static_cast<C>(step.eps)};
 }
 
@@ -210,9 +210,9 @@ struct StepSettings {
   const AdamStep<double>* coefficients = nullptr;  // by the rows' ordinals
 };
 
-// 80 registers (128 of double) hold a step of one thread; aiming at four blocks, ptxas spilled. Three
-// blocks have 3 * 256 * 112 bytes of loads on their way, where an H200 needs some 30 KB to keep its
-// memory busy.
+// 80 registers (128 of double) hold a step of one thread; aiming at four blocks, ptxas spilled.
+// Three blocks have 3 * 256 * 112 bytes of loads on their way, where an H200 needs some 30 KB to
+// keep its memory busy.
 template <class C>
 constexpr int kStepBlocks = sizeof(C) == 8 ? 2 : 3;
 

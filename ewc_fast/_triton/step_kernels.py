@@ -62,7 +62,7 @@ def adam_coefficients(
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a step to the rows' counts; write the coefficients that follow, of ``csrc/optimizer.h``."""
+    """Add a step to the rows' counts; write the coefficients that follow (csrc/optimizer.h)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     if records is None:
@@ -362,4 +362,3 @@ def _block(
     else:
         store(param, at, mask, theta)
     return total
-

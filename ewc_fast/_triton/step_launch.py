@@ -26,11 +26,10 @@ def run(
     given, a scalar on the device. The value is a float64 scalar on the device.
     """
     partial = value = None
-    empty = {"dtype": torch.float64, "device": table.device}
     if "fisher" in names:
-        partial, value = torch.empty(table.chunks, **empty), torch.empty((), **empty)
+        partial, value = _empty(table, table.chunks), _empty(table)
     rows = len(table.rows) if isinstance(options, AdamOptions) else 1
-    coefficients = torch.empty((rows, COEFFICIENTS), **empty)
+    coefficients = _empty(table, rows, COEFFICIENTS)
     with current(table.device):
         if isinstance(options, AdamOptions):
             _count_step(table, coefficients, options, lr)
@@ -46,6 +45,10 @@ def run(
                 partial, value, table.chunks, 0.5, BLOCK=launch.SUM_BLOCK, num_warps=8
             )
     return value
+
+
+def _empty(table: Table, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=table.device)
 
 
 def _count_step(
@@ -103,15 +106,15 @@ def constants(
     param = dtypes["params"]
     moment = dtypes.get("exp_avgs", dtypes.get("momentum_buffers", param))
     wide = param == torch.float64
-    adam = isinstance(options, AdamOptions)
+    sgd = options if isinstance(options, SgdOptions) else None
     return {
         "STEP": (
-            "adam" if adam else "sgd",
+            "adam" if sgd is None else "sgd",
             -1.0 if options.maximize else 1.0,
             options.proximal,
             options.rounding_seed is not None,
-            not adam and options.first,
-            not adam and options.nesterov,
+            sgd is not None and sgd.first,
+            sgd is not None and sgd.nesterov,
         ),
         "HAS": (
             "fisher" in names,

@@ -1,9 +1,10 @@
 // The optimizers' CUDA steps as a shared library for the CPU.
+#include "../../csrc/cuda/optimizer.cu"
+
 #include <cuda_runtime.h>
 
 #include <cmath>
 
-#include "../../csrc/cuda/optimizer.cu"
 #include "../../csrc/cuda/penalty.cu"
 #include "rows.h"
 
