@@ -206,11 +206,6 @@ def _moved_towards(share: float, origin: Tensor, goal: Tensor) -> Tensor:
     return goal - (goal - origin) * (torch.tensor(1.0, dtype=origin.dtype) - share).item()
 
 
-def _square_root(values: Tensor) -> Tensor:
-    """Return roots rounded to nearest; PyTorch's of float32 on a CPU may be one unit off."""
-    return values.double().sqrt().to(values.dtype)
-
-
 def _write(
     params: Tensors,
     master: Tensors | None,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from cases import DTYPES
 from numerics import value_budget
 from steps import STEPS, Lists, Step, copied
+from torch import nn
 
-from ewc_fast import _steps, functional, reference_steps
+from ewc_fast import EWC, _steps, functional, reference_steps
 from ewc_fast._dispatch import Impl
 from ewc_fast._native import cuda_unavailable
+from ewc_fast.optim import SGD, Adam, AdamW
 
 pytestmark = pytest.mark.skipif(cuda_unavailable() is not None, reason=str(cuda_unavailable()))
 
@@ -83,6 +88,54 @@ def test_a_cuda_graph_of_a_step_follows_learning_rate_and_count(name, impl):
         penalty = step.with_options(lr=lr.item()).reference(expected)
         assert_same(lists, expected)
         assert abs(value.item() - penalty) <= value_budget(penalty, dtype)
+
+
+OPTIMIZERS = {
+    "adam": partial(Adam, amsgrad=True, capturable=True),
+    "adamw": partial(AdamW, capturable=True),
+    "adamw_master": partial(AdamW, capturable=True, master_weights=True),
+    "sgd": partial(SGD, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_cuda_graph_of_training_follows_a_schedule(make):
+    """Forward, backward and step captured once, against the same optimizer without a graph."""
+    model = nn.Sequential(nn.Linear(9, 31), nn.Tanh(), nn.Linear(31, 4)).cuda()
+    data = torch.randn(8, 9, device="cuda"), torch.randint(4, (8,), device="cuda")
+    ewc = EWC(model, ewc_lambda=30.0)
+    ewc.consolidate([data])
+    lr = torch.tensor(0.01, device="cuda")
+    optimizer = make(model.parameters(), lr=lr, ewc=ewc)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train(), train()  # makes gradients and state, and SGD's first step, which differs
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    at_start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    results = []
+    for run in (graph.replay, train):
+        model.load_state_dict(at_start[0])
+        with torch.no_grad():  # the graph's own tensors, as loading would make others
+            for param, kept in zip(model.parameters(), at_start[1]["state"].values(), strict=True):
+                for name, value in kept.items():
+                    optimizer.state[param][name].copy_(value)
+        penalties = []
+        for step in range(5):
+            lr.fill_(0.01 / (1 + step))
+            run()
+            penalties.append(optimizer.last_penalty.item())
+        results.append([torch.tensor(penalties), *(p.detach().clone() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd_nesterov"])
