@@ -34,8 +34,13 @@ PENALTY = (
 )
 STEPS = (
     bench_optimizer.ALONE,
+    "torch, foreach, alone",
+    "inside, alone",
+    "inside, gradient",
+    "inside, proximal",
     "in EWCOptimizer, gradient",
     "in EWCOptimizer, proximal",
+    "in PyTorch, foreach and fused",
 )
 
 
