@@ -73,7 +73,7 @@ class FusedOptimizer(Optimizer):
     def _forget(self) -> None:
         self._plans: dict[tuple[Any, ...], functional.Plan] = {}
         self._springs: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._springs_of: int | None = None
+        self._springs_of: tuple[int, int] | None = None
         self.last_penalty: Tensor | None = None
 
     # The step
@@ -88,6 +88,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         self._find_springs()
         batches = [self._batches(group) for group in self.param_groups]
         values = []
@@ -117,7 +118,7 @@ class FusedOptimizer(Optimizer):
         if self.ewc is None:
             return
         params = [param for group in self.param_groups for param in group["params"]]
-        now = hash((self.ewc.version, len(params)))
+        now = self.ewc.version, len(params)
         if now != self._springs_of:
             rows = zip(*self.ewc.springs_of(params).operands, strict=True)
             self._springs = {param: (fisher, anchor) for param, fisher, anchor in rows}
@@ -135,7 +136,6 @@ class FusedOptimizer(Optimizer):
         for param in group["params"]:
             spring = self._springs.get(param) if param.requires_grad else None
             if param.grad is not None:
-                self._check_gradient(param)
                 chosen.append((param, spring))
             elif spring is not None and self.mode == "proximal":
                 resting.append(param)
@@ -155,12 +155,14 @@ class FusedOptimizer(Optimizer):
                 batch.anchor.append(spring[1])
         return resting, batches
 
-    def _check_gradient(self, param: Tensor) -> None:
-        if param.grad is not None and param.grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients: build embeddings with "
-                "sparse=False"
-            )
+    def _check_gradients(self) -> None:
+        """Raise for sparse gradients, before any group has begun its step."""
+        for param in itertools.chain.from_iterable(g["params"] for g in self.param_groups):
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients: build embeddings "
+                    "with sparse=False"
+                )
 
     def _settle(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
         """Take the proximal step alone, of parameters without a gradient."""
