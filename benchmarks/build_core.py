@@ -29,10 +29,15 @@ SOURCES = ROOT / "csrc"
 COMMON = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden"
 CXX = f"{COMMON} -fno-math-errno -fno-trapping-math -fopenmp"
 LOOPS = "-fno-tree-loop-distribute-patterns"
+STEPS = "-ffp-contract=off"  # products and sums are rounded each
 LEVELS = {
-    "level_baseline": LOOPS,
-    "level_v3": f"-march=x86-64-v3 -mprefer-vector-width=256 {LOOPS}",
-    "level_v4": f"-march=x86-64-v4 -mprefer-vector-width=256 {LOOPS}",
+    f"{loops}_{level}": f"{vectors} {options}"
+    for loops, options in (("level", LOOPS), ("steps", STEPS))
+    for level, vectors in (
+        ("baseline", ""),
+        ("v3", "-march=x86-64-v3 -mprefer-vector-width=256"),
+        ("v4", "-march=x86-64-v4 -mprefer-vector-width=256"),
+    )
 }
 
 
@@ -79,7 +84,7 @@ def sources(cuda: bool) -> list[Path]:
     """Return every source; elsewhere than on x86-64 the baseline's loops alone."""
     found = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp")])
     if not _is_x86():
-        found = [path for path in found if path.stem not in ("level_v3", "level_v4")]
+        found = [path for path in found if path.stem[-3:] not in ("_v3", "_v4")]
     return found + (sorted(SOURCES.glob("cuda/*.cu")) if cuda else [])
 
 

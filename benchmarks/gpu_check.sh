@@ -106,7 +106,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers)
 # What runs kernels, and of the other tests those that also run on a GPU where there is one (the
 # fixture "device" puts "cuda" into their names). The rest never leaves the CPU, where CI has run it.
 # Nor does reading compiled kernels need a GPU.
-kernels=(tests/test_cuda.py)
+kernels=(tests/test_cuda.py tests/test_cuda_steps.py)
 for file in tests/test_triton_*.py; do
   [ -e "$file" ] && [[ $file != *_compiled.py ]] && kernels+=("$file")
 done
@@ -142,6 +142,8 @@ else
 fi
 
 stage operations 90 "$python" benchmarks/run.py --gpu --only gpu_operations --seconds 65 \
+  --out "$out" "${quick[@]}"
+stage optimizer 60 "$python" benchmarks/run.py --gpu --only gpu_optimizer --seconds 45 \
   --out "$out" "${quick[@]}"
 stage products 90 "$python" benchmarks/run.py --gpu --only gpu_products --seconds 65 \
   --out "$out" "${quick[@]}"

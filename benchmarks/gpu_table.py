@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bench_gpu_optimizer import ALONE
 from gpu_operations_case import CUDA, TRITON
 from gpu_product_case import AUTO, GRADIENT
 from gpu_timing import OURS
@@ -31,7 +32,12 @@ def lines(latest: Mapping[str, Sequence[Record]]) -> str:
 
 
 def _of_suite(suite: str, records: Sequence[Record]) -> Iterator[str]:
-    line = {"gpu_operations": _operation, "gpu_products": _product, "gpu_fisher": _fisher}[suite]
+    line = {
+        "gpu_operations": _operation,
+        "gpu_optimizer": _step,
+        "gpu_products": _product,
+        "gpu_fisher": _fisher,
+    }[suite]
     for record in records:
         for run in record["runs"]:
             if run["suite"] == suite:
@@ -47,6 +53,13 @@ def _operation(row: Row) -> str | None:
     else:
         return None
     return f"| {row['case']}, {_backend(row)} | {found} | {beside} |"
+
+
+def _step(row: Row) -> str | None:
+    if row["provider"] not in (CUDA, TRITON) or row["elements"] < LIKE_A_MODEL:
+        return None
+    times = row["ratios"][ALONE]
+    return f"| {row['case']}, {_backend(row)} | {times:.2f} | of PyTorch's fused step alone |"
 
 
 def _product(row: Row) -> str | None:

@@ -38,7 +38,7 @@ RUNS = (
     ("fisher", KEPT),
     ("fisher_peers", DEFAULT),
 )
-GPU_SUITES = ("gpu_operations", "gpu_products", "gpu_fisher")
+GPU_SUITES = ("gpu_operations", "gpu_optimizer", "gpu_products", "gpu_fisher")
 
 
 def main() -> None:

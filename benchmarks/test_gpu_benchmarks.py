@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_gpu_fisher
 import bench_gpu_operations
+import bench_gpu_optimizer
 import bench_gpu_products
 import build_core
 import gpu_table
@@ -34,6 +35,7 @@ from harness import MismatchError, Provider, Result, environment
 
 SUITES = {
     "operations": bench_gpu_operations.suite,
+    "optimizer": bench_gpu_optimizer.suite,
     "products": bench_gpu_products.suite,
     "fisher": bench_gpu_fisher.suite,
 }
@@ -170,7 +172,7 @@ def test_the_build_by_compilers_alone_takes_the_sources_of_cmake() -> None:
     text = (build_core.ROOT / "CMakeLists.txt").read_text()
     named = {f"csrc/{name}" for name in re.findall(r"csrc/(\S+\.(?:cpp|cu))\b", text)}
     named = {path for path in named if "${" not in path} | {
-        f"csrc/cpu/level_{level}.cpp" for level in ("v3", "v4")
+        f"csrc/cpu/{loops}_{level}.cpp" for loops in ("level", "steps") for level in ("v3", "v4")
     }
     taken = {str(path.relative_to(build_core.ROOT)) for path in build_core.sources(cuda=True)}
     assert taken == named

@@ -239,6 +239,30 @@ auto on_cuda(Operation operation) {
     operation(plan.table(), run, coefficient);
   };
 }
+
+// The same for the optimizers' steps. `lr` is the address of a learning rate on the device, or 0.
+void def_cuda_steps(py::module_& m) {
+  const auto def = [&m](const char* name, auto step, auto options_type) {
+    using Options = decltype(options_type);
+    m.def(
+        name,
+        [step](const Plan& plan, const Options& options, std::uintptr_t memory, std::uintptr_t lr,
+               bool lr_is_double) {
+          const ewc_fast::cuda::Run run{plan.current_stream(), reinterpret_cast<double*>(memory)};
+          const ewc_fast::cuda::DeviceNumber there{
+              reinterpret_cast<const void*>(lr),
+              lr_is_double ? ewc_fast::DType::float64 : ewc_fast::DType::float32};
+          const py::gil_scoped_release unlocked;
+          step(plan.table(), run, options, there);
+        },
+        py::arg("plan"), py::arg("options"), py::arg("memory"), py::arg("lr") = 0,
+        py::arg("lr_is_double") = false);
+  };
+  def("cuda_adam_step", ewc_fast::cuda::adam_step, ewc_fast::AdamOptions{});
+  def("cuda_sgd_step", ewc_fast::cuda::sgd_step, ewc_fast::SgdOptions{});
+  m.def("cuda_step_memory_needed",
+        [](const Plan& plan) { return ewc_fast::cuda::step_memory_needed(plan.table()); });
+}
 #endif
 
 }  // namespace
@@ -336,5 +360,6 @@ PYBIND11_MODULE(_core, m) {
   cuda_def("cuda_merge", ewc_fast::cuda::merge);
   cuda_def("cuda_merge_online", ewc_fast::cuda::merge_online);
   cuda_def("cuda_proximal_step", ewc_fast::cuda::proximal_step);
+  def_cuda_steps(m);
 #endif
 }

@@ -57,9 +57,10 @@ CUDA_OPERATIONS = frozenset(  # all on lists of tensors; none of the products
         "merge_",
         "merge_online_",
         "proximal_step_",
+        "adam_step_",
+        "sgd_step_",
     }
 )
-WITHOUT_TRITON = frozenset({"adam_step_", "sgd_step_"})
 TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
 
@@ -75,8 +76,6 @@ def choose(
 
     The last two say why a backend can't run on such a device; ``None`` where it can.
     """
-    if operation in WITHOUT_TRITON:
-        triton_unavailable = f"it has no kernel for {operation}; use impl='auto'"
     if requested == "auto":
         has_cuda = cuda_unavailable is None and operation in CUDA_OPERATIONS
         return _automatic(device_type, dense, has_cuda, triton_unavailable is None)

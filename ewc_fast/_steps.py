@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ewc_fast import reference_steps
+from ewc_fast import _steps_gpu, reference_steps
 from ewc_fast._checks import Operand, Operation, TensorList
 from ewc_fast._dispatch import Impl
 from ewc_fast._engine import add_values, mark_written
@@ -53,14 +53,22 @@ def adam_step_(
     options: AdamOptions,
     impl: Impl = "auto",
     plan: Plan | None = None,
+    lr: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there."""
+    """See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there.
+
+    ``lr`` is a scalar on a device that counts instead of the options', read when kernels run.
+    """
 
     def on_cpu(core_plan: Any) -> float:
-        return core.adam_step(core_plan, core.AdamOptions(*options), torch.get_num_threads())
+        now = core.AdamOptions(*_with_rate(options, lr))
+        return core.adam_step(core_plan, now, torch.get_num_threads())
 
-    reference = functools.partial(reference_steps.adam_step_, options)
-    return _run(operation("adam_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)
+    def reference(**operands: Any) -> Tensor:
+        return reference_steps.adam_step_(_with_rate(options, lr), **operands)
+
+    on_gpu = functools.partial(_on_gpu, options, lr)
+    return _run(operation("adam_step_", tuple(lists)), lists, on_cpu, on_gpu, reference, impl, plan)
 
 
 def sgd_step_(
@@ -68,20 +76,41 @@ def sgd_step_(
     options: SgdOptions,
     impl: Impl = "auto",
     plan: Plan | None = None,
+    lr: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`ewc_fast.functional.sgd_step_`; ``lists`` holds the operands that are there."""
+    """See :func:`ewc_fast.functional.sgd_step_`, and above."""
 
     def on_cpu(core_plan: Any) -> float:
-        return core.sgd_step(core_plan, core.SgdOptions(*options), torch.get_num_threads())
+        now = core.SgdOptions(*_with_rate(options, lr))
+        return core.sgd_step(core_plan, now, torch.get_num_threads())
 
-    reference = functools.partial(reference_steps.sgd_step_, options)
-    return _run(operation("sgd_step_", tuple(lists)), lists, on_cpu, reference, impl, plan)
+    def reference(**operands: Any) -> Tensor:
+        return reference_steps.sgd_step_(_with_rate(options, lr), **operands)
+
+    on_gpu = functools.partial(_on_gpu, options, lr)
+    return _run(operation("sgd_step_", tuple(lists)), lists, on_cpu, on_gpu, reference, impl, plan)
+
+
+OptionsOf = TypeVar("OptionsOf", AdamOptions, SgdOptions)
+
+
+def _with_rate(options: OptionsOf, lr: Tensor | None) -> OptionsOf:
+    """Return options with the learning rate as a number, for which this waits."""
+    return options if lr is None else options._replace(lr=lr.item())
+
+
+def _on_gpu(
+    options: AdamOptions | SgdOptions, lr: Tensor | None, operation: Operation, group: Group
+) -> Tensor | None:
+    there = None if lr is None else _steps_gpu.on_one_device(lr, group)
+    return _steps_gpu.run(operation, group, options, there)
 
 
 def _run(
     operation: Operation,
     lists: Mapping[str, TensorList],
     on_cpu: Callable[[Any], float],
+    on_gpu: Callable[[Operation, Group], Tensor | None],
     in_pytorch: Callable[..., Tensor],
     impl: Impl,
     plan: Plan | None,
@@ -92,6 +121,10 @@ def _run(
     for group in (plan or Plan()).groups(operation, [lists[name] for name in names], impl):
         if group.impl == "cpu":
             values.append(on_cpu(group.core_plan))
+            mark_written(operation, group.lists)
+        elif group.impl != "reference":
+            value = on_gpu(operation, group)
+            values += [] if value is None else [value]
             mark_written(operation, group.lists)
         else:
             values.append(_run_in_pytorch(names, group, in_pytorch))

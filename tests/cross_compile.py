@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-Constant = bool | int | float | str | None
+Constant = bool | int | float | str | None | tuple[bool | int | float | str, ...]
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -173,6 +173,8 @@ def _compile_here(wanted: dict) -> dict[str, int | str]:
 def _constant(value: Constant) -> object:
     import triton.language
 
+    if isinstance(value, list):  # JSON's tuples
+        return tuple(value)
     is_dtype = isinstance(value, str) and value.startswith("tl.")
     return getattr(triton.language, value.removeprefix("tl.")) if is_dtype else value
 

@@ -17,12 +17,15 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 INSTANCES = 2 * 7  # for few rows and for many, of each dtype of parameters and Fisher
+STEPS = 2 * 11  # of each dtype of parameters, Fisher and moments
 OPERATIONS = {  # by source, and the widest accesses of each operation that reads; that writes
     "penalty": {"AddPenaltyGrad": (128, 64), "Penalty": (128, 0), "PenaltyGrad": (128, 64)},
     "accumulate_square": {"AccumulateSquare": (128, 64)},
     "merge": {"Merge": (128, 128), "MergeOnline": (128, 128)},
     "proximal_step": {"ProximalStep": (128, 64)},
+    "optimizer": {"Adam": (128, 128), "Sgd": (128, 128)},
 }
+ALL_THERE = {"Adam": (8, 5), "Sgd": (6, 3)}  # operands read, written
 
 
 def cuobjdump() -> str | None:
@@ -76,6 +79,11 @@ def kernels(compiled):
     return found
 
 
+def instances(source: str) -> int:
+    """Return how many kernels an operation has."""
+    return STEPS if source == "optimizer" else INSTANCES
+
+
 def widest(code: str, instruction: str) -> int:
     """Return the bits of the widest access of a kind."""
     widths = re.findall(rf"\b{instruction}\.E\.(64|128)\b", code)
@@ -84,14 +92,16 @@ def widest(code: str, instruction: str) -> int:
 
 def test_no_kernel_spills_registers_or_uses_a_stack(compiled):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", compiled.report)
-    assert len(frames) == INSTANCES * len(OPERATIONS[compiled.source]) + 1  # and the sum
+    of_operations = instances(compiled.source) * len(OPERATIONS[compiled.source])
+    others = 3 if compiled.source == "optimizer" else 1  # the sum; the counts, and pow()
+    assert len(frames) == of_operations + others
     assert set(frames) == {("0", "0")}
 
 
 def test_memory_is_moved_in_wide_global_accesses(compiled, kernels):
     """16 bytes for the widest operand; as many elements, at least 8 bytes, for the others."""
     for name, (read, written) in OPERATIONS[compiled.source].items():
-        assert len(kernels[name]) == INSTANCES
+        assert len(kernels[name]) == instances(compiled.source)
         for code in kernels[name]:
             assert widest(code, "LDG") >= read
             assert widest(code, "STG") >= written
@@ -100,9 +110,27 @@ def test_memory_is_moved_in_wide_global_accesses(compiled, kernels):
 
 
 def test_float_operations_move_all_operands_16_bytes_at_a_time(compiled, kernels):
+    if compiled.source == "optimizer":
+        pytest.skip("has a test of its own")
     for name, (_, written) in OPERATIONS[compiled.source].items():
         of_floats = [code for code in kernels[name] if "5TypesIffE" in code.split(maxsplit=1)[0]]
         assert len(of_floats) == 2
         for code in of_floats:
             assert widest(code, "LDG") == 128
             assert widest(code, "STG") == (128 if written else 64)  # 64: the block's own sum
+
+
+def test_float_steps_move_all_operands_16_bytes_at_a_time_and_load_before_they_compute(
+    compiled, kernels
+):
+    if compiled.source != "optimizer":
+        pytest.skip("no optimizer")
+    for name, (read, written) in ALL_THERE.items():
+        of_floats = [c for c in kernels[name] if "9StepTypesIfffE" in c.split(maxsplit=1)[0]]
+        assert len(of_floats) == 2
+        for code in of_floats:
+            assert len(re.findall(r"\bSTG\.E\.128\b", code)) == written
+            loads = [place.start() for place in re.finditer(r"\bLDG\.E\.128\b", code)]
+            assert len(loads) == read
+            between = code[loads[0] : loads[-1]]  # all on their way before the first is waited for
+            assert not re.search(r"\b(FFMA|FMUL|FADD|BRA|STG)\b", between)

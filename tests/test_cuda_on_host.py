@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_kernels import DTYPES, HERE, HostRow, build, host_row
 from list_operations import (
     OPERATIONS,
     ListOperation,
@@ -23,8 +24,6 @@ from list_operations import (
     rounded_by_chance,
 )
 
-HERE = Path(__file__).parent / "cuda_on_host"
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the core's order
 LONGEST_CHUNK = 16384
 LARGE = 2048 * LONGEST_CHUNK  # elements from which on chunks are that long
 Run = Callable[..., "tuple[float, int]"]
@@ -33,25 +32,8 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=
 both_orders = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-class HostRow(ctypes.Structure):
-    """A row as tests/cuda_on_host/operations.cpp reads it."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p * 9),
-        ("step", ctypes.c_int64 * 9),
-        ("numel", ctypes.c_int64),
-        ("samples", ctypes.c_int64),
-        ("sample_stride", ctypes.c_int64),
-        ("ordinal", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("fisher", ctypes.c_int32),
-    ]
-
-
-def host_row(operation: ListOperation, ordinal: int, row: tuple[torch.Tensor, ...]) -> HostRow:
-    made = HostRow(ordinal=ordinal, samples=1)
-    for place, tensor in enumerate(row):
-        made.data[place], made.step[place] = tensor.data_ptr(), tensor.element_size()
+def row_of(operation: ListOperation, ordinal: int, row: tuple[torch.Tensor, ...]) -> HostRow:
+    made = host_row(ordinal, dict(enumerate(row)))
     param, fisher = row[operation.param], row[operation.fisher]
     made.numel, made.fisher = fisher.numel(), DTYPES.index(fisher.dtype)
     made.dtype = DTYPES.index(param.dtype)
@@ -60,23 +42,11 @@ def host_row(operation: ListOperation, ordinal: int, row: tuple[torch.Tensor, ..
     return made
 
 
-def build(folder: Path, *options: str) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on PATH")
-    library = folder / "operations.so"
-    warnings = ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Werror"]
-    fixed = ["-O1", "-g", "-std=c++17", "-shared", "-fPIC", *warnings, *options]
-    files = [f"-I{HERE}", str(HERE / "operations.cpp"), "-o", str(library)]
-    subprocess.run([compiler, *fixed, *files], check=True)
-    return library
-
-
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Run:
     """Return a function that runs an operation's kernels on the CPU: its value and its launches."""
     given = os.environ.get("EWC_FAST_CUDA_ON_HOST")
-    library = Path(given) if given else build(tmp_path_factory.mktemp("cuda_on_host"))
+    library = Path(given) if given else build("operations", tmp_path_factory.mktemp("cuda_on_host"))
     native = ctypes.CDLL(str(library)).run
     native.restype = ctypes.c_double
 
@@ -89,7 +59,7 @@ def run(tmp_path_factory) -> Run:
         reverse: bool = False,
         coefficient: float | None = None,
     ) -> tuple[float, int]:
-        rows = [host_row(operation, i, row) for i, row in enumerate(zip(*lists, strict=True))]
+        rows = [row_of(operation, i, row) for i, row in enumerate(zip(*lists, strict=True))]
         launches = ctypes.c_int()
         value = native(
             operation.name.encode(),
@@ -248,7 +218,8 @@ def test_both_thread_orders_give_the_same_bits(run, operation):
 @pytest.mark.skipif("EWC_FAST_CUDA_ON_HOST" in os.environ, reason="these are those tests")
 def test_nothing_is_read_or_written_outside_the_operands(tmp_path):
     """The same tests once more, in a process of its own under AddressSanitizer."""
-    library = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    library = build("operations", tmp_path, *options)
     compiler = shutil.which("g++") or "g++"
     runtimes = [
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()

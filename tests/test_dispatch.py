@@ -90,7 +90,8 @@ def test_where_triton_can_run(interpreted, device, reason, monkeypatch):
 
 def test_every_operation_on_lists_has_a_cuda_kernel():
     operations = [value for value in vars(_plan).values() if isinstance(value, Operation)]
-    assert {operation.name for operation in operations} == CUDA_OPERATIONS
+    steps = {"adam_step_", "sgd_step_"}  # whose operands vary from call to call
+    assert {operation.name for operation in operations} | steps == CUDA_OPERATIONS
 
 
 def test_asking_for_cuda_on_cpu_tensors_never_falls_back():

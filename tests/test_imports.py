@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_dispatch": set(),
     "_checks": {"_dispatch"},
     "_native": set(),
-    "_triton": {"_checks"},
+    "_triton": {"_checks", "reference_steps"},
     "reference": set(),
     "reference_steps": {"reference"},
     "_plan": {"_triton", "_checks", "_dispatch", "_native"},
@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "_ops": {"_engine", "_checks", "reference"},
     "products": {"_triton", "_engine", "_checks", "_dispatch", "_native", "reference"},
     "sums": {"_triton", "_dispatch", "reference"},
-    "_steps": {"_engine", "_plan", "_checks", "_dispatch", "_native", "reference_steps"},
+    "_steps_gpu": {"_plan", "_checks", "_native", "_triton", "reference_steps"},
+    "_steps": {
+        *("_steps_gpu", "_engine", "_plan", "_checks", "_dispatch", "_native", "reference_steps")
+    },
     "steps": {"_steps", "_plan", "_checks", "_dispatch", "reference_steps"},
     "functional": {"steps", "products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "formats": {"_checks", "reference"},

@@ -73,7 +73,7 @@ CASES += [("add_penalty_grad_", arch, "over_one_row") for arch in ARCHITECTURES]
 SUM = job(
     "ewc_fast._triton.kernels:sum_partials",
     {"partial": "*fp64", "value": "*fp64", "count": "i64", "factor": "fp64"},
-    {"BLOCK": launch._SUM_BLOCK},
+    {"BLOCK": launch.SUM_BLOCK},
     arch=90,
     divisible=["partial", "value"],
     num_warps=8,

@@ -21,7 +21,8 @@
 namespace ewc_fast::cuda {
 
 constexpr std::size_t kParameterBytes = 32764;
-constexpr int kFewRows = 48;  // below 4 KB, which is cheaper to launch
+constexpr std::size_t kFewBytes = 4096;  // which are cheaper to launch
+constexpr int kFewRows = 48;             // or as many as these hold
 
 // A block works on one chunk of one row: long chunks for large tables, shorter ones where else some
 // multiprocessors would have nothing to do. From the shapes alone, so that sums repeat bit for bit
@@ -61,9 +62,22 @@ __device__ int row_of(const Rows<OpRow, Capacity>& rows, int block) {
   return row;
 }
 
+// Whether an operation has what each block does once for its row: begin(row).
+template <class Op, class = void>
+constexpr bool kBegins = false;
+template <class Op>
+constexpr bool kBegins<Op, std::void_t<decltype(&Op::begin)>> = true;
+
+// How many blocks of it a multiprocessor must be able to hold, so that registers are spent on that
+// and not on more blocks; 0 leaves it to the compiler.
+template <class Op, class = void>
+constexpr int kResidentBlocks = 0;
+template <class Op>
+constexpr int kResidentBlocks<Op, std::void_t<decltype(Op::kResident)>> = Op::kResident;
+
 template <class Op, int Capacity>
-__global__ void __launch_bounds__(kThreads)
-    over_rows(const Rows<typename Op::Row, Capacity> __grid_constant__ rows, const Op op,
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Op>)
+    over_rows(const Rows<typename Op::Row, Capacity> __grid_constant__ rows, const Op given,
               double* partial) {
   constexpr int N = Op::kPack;
   const int block = blockIdx.x, index = row_of(rows, block);
@@ -71,6 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t begin = std::int64_t{block - rows.first_block[index]} * rows.chunk;
   const std::int64_t numel = rows.numel[index];
   const std::int64_t end = begin + rows.chunk < numel ? begin + rows.chunk : numel;
+  Op op = given;
+  if constexpr (kBegins<Op>) op.begin(row);
 
   // Not unrolled: the stores of one step keep the loads of the next behind them anyway. With 32
   // registers a multiprocessor holds all the threads it can, and these have loads enough in flight.
@@ -92,6 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     op.step(row, Apart<1>{i}, sum);
 
   if constexpr (!std::is_same_v<typename Op::Sum, Nothing>) {
+    if (partial == nullptr) return;  // nobody asked
     const double total = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) partial[block] = total;
   }
@@ -133,7 +150,7 @@ std::int64_t launch_over(const char* name, const Table& table, const Op& op, Run
     if (row.numel == 0 || !belongs(row)) continue;
     const std::int64_t more = blocks_of(row, rows.chunk);
     if (rows.count == Capacity || blocks + more > std::numeric_limits<std::int32_t>::max()) flush();
-    rows.row[rows.count] = Op::row(row, random_bits(run.seed, row.ordinal));
+    rows.row[rows.count] = op.row(row, random_bits(run.seed, row.ordinal));
     rows.numel[rows.count] = row.numel;
     rows.first_block[rows.count] = static_cast<std::int32_t>(blocks);
     rows.aligned[rows.count++] = aligned<Op>(row);
@@ -166,43 +183,52 @@ inline int device_of(const Table& table) {
   return device;
 }
 
-// Runs the operation over all rows; returns the number of blocks. The device must be current.
-template <template <class> class Operation>
-std::int64_t launch_all(const char* name, const Table& table, double coefficient, Run run,
+// Runs one instance of an operation over the rows that belong to it; returns the number of blocks.
+template <class Op, class Belongs>
+std::int64_t launch_instance(const char* name, const Table& table, const Op& op, Run run,
+                             double* partial, Belongs belongs) {
+  constexpr std::size_t row_bytes = sizeof(Rows<typename Op::Row, 8>) / 8;
+  constexpr int most = (kParameterBytes - sizeof(Op) - 64) / row_bytes;
+  constexpr int few = std::min<int>(kFewRows, (kFewBytes - sizeof(Op) - 64) / row_bytes);
+  const auto rows = std::count_if(table.rows.begin(), table.rows.end(), belongs);
+  if (rows > few) return launch_over<Op, most>(name, table, op, run, partial, belongs);
+  return rows > 0 ? launch_over<Op, few>(name, table, op, run, partial, belongs) : 0;
+}
+
+// Runs the operation, made of its settings, over all rows; returns the number of blocks. The device
+// must be current.
+template <template <class> class Operation, class Settings>
+std::int64_t launch_all(const char* name, const Table& table, const Settings& settings, Run run,
                         double* partial) {
   std::int64_t blocks = 0;
   for_each_types([&](DType dtype, bool half_fisher, auto types) {
-    using Op = Operation<decltype(types)>;
-    constexpr std::size_t row_bytes = sizeof(Rows<typename Op::Row, 8>) / 8;
-    constexpr int most = (kParameterBytes - sizeof(Op) - 64) / row_bytes;
     const auto belongs = [&](const Row& row) {
       return row.dtype == dtype && (row.fisher == DType::bfloat16) == half_fisher;
     };
-    const auto rows = std::count_if(table.rows.begin(), table.rows.end(), belongs);
-    const Op op(coefficient);
-    if (rows > kFewRows)
-      blocks += launch_over<Op, most>(name, table, op, run, after(partial, blocks), belongs);
-    else if (rows > 0)
-      blocks += launch_over<Op, kFewRows>(name, table, op, run, after(partial, blocks), belongs);
+    const Operation<decltype(types)> op(settings);
+    blocks += launch_instance(name, table, op, run, after(partial, blocks), belongs);
   });
   return blocks;
 }
 
-template <template <class> class Operation>
-void for_rows(const char* name, const Table& table, double coefficient, Run run) {
+// run.memory[0] = factor * (the sum of what so many blocks left behind it).
+inline void sum_blocks(Run run, std::int64_t blocks, double factor) {
+  const Grid one{1, kSumThreads, static_cast<cudaStream_t>(run.stream)};
+  launch_kernel("sum_partials", sum_partials, one, static_cast<const double*>(run.memory + 1),
+                blocks, factor, run.memory);
+}
+
+template <template <class> class Operation, class Settings>
+void for_rows(const char* name, const Table& table, const Settings& settings, Run run) {
   const DeviceGuard guard(device_of(table));
-  launch_all<Operation>(name, table, coefficient, run, nullptr);
+  launch_all<Operation>(name, table, settings, run, nullptr);
 }
 
 // The same, and run.memory[0] = factor * (the sum over all elements).
 template <template <class> class Operation>
 void sum_rows(const char* name, const Table& table, double coefficient, double factor, Run run) {
   const DeviceGuard guard(device_of(table));
-  double* const partial = run.memory + 1;
-  const std::int64_t blocks = launch_all<Operation>(name, table, coefficient, run, partial);
-  const Grid one{1, kSumThreads, static_cast<cudaStream_t>(run.stream)};
-  launch_kernel("sum_partials", sum_partials, one, static_cast<const double*>(partial), blocks,
-                factor, run.memory);
+  sum_blocks(run, launch_all<Operation>(name, table, coefficient, run, run.memory + 1), factor);
 }
 
 }  // namespace ewc_fast::cuda

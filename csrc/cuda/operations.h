@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "../optimizer.h"
 
 namespace ewc_fast::cuda {
 
@@ -31,5 +32,18 @@ void accumulate_square(const Table& table, Run run, double weight);     // F, gr
 void merge(const Table& table, Run run, double gamma);  // value; F, a, residual, new F, param
 void merge_online(const Table& table, Run run, double gamma);        // F, a, new F, param
 void proximal_step(const Table& table, Run run, double eta_lambda);  // param, F, a
+
+// A float32 or float64 on the device that the kernels read, so that a CUDA graph follows it; an
+// operation then ignores the number in its options.
+struct DeviceNumber {
+  const void* address = nullptr;
+  DType dtype = DType::float32;
+};
+
+// The steps of optimizers; operands as in optimizer.h. Value where there are springs. run.memory
+// has step_memory_needed() doubles.
+std::int64_t step_memory_needed(const Table& table);
+void adam_step(const Table& table, Run run, const AdamOptions& options, DeviceNumber lr);
+void sgd_step(const Table& table, Run run, const SgdOptions& options, DeviceNumber lr);
 
 }  // namespace ewc_fast::cuda

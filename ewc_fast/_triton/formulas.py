@@ -31,7 +31,7 @@ def merge(gamma, fisher, anchor, new_fisher, param):
 @triton.jit
 def proximal(strength, param, anchor):
     """Return (theta + s a) / (1 + s) as theta - (theta - a) / (1 + 1/s): exact at s = 0."""
-    return param - _divide(param - anchor, 1.0 + _divide(1.0, strength))
+    return param - divide(param - anchor, 1.0 + divide(1.0, strength))
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def round_stochastically(value, random):
 
 
 @triton.jit
-def _divide(numerator, denominator):
+def divide(numerator, denominator):
     """Divide to nearest; ``/`` on float32 would be an approximation."""
     if denominator.dtype == tl.float32:
         quotient = tl.div_rn(numerator, denominator)

@@ -21,6 +21,7 @@ _SAMPLES = tl.constexpr(table.SAMPLES)
 _SAMPLE_STRIDE = tl.constexpr(table.SAMPLE_STRIDE)
 _ORDINAL = tl.constexpr(table.ORDINAL)
 _ALIGNED = tl.constexpr(table.ALIGNED)
+_FIRST_ADDRESS = tl.constexpr(table.FIRST_ADDRESS)
 _COLUMNS = tl.constexpr(table.COLUMNS)
 _CHUNK = tl.constexpr(table.CHUNK)
 
@@ -47,12 +48,13 @@ def over_rows(
     index = first_chunk + tl.program_id(0)
     chunk = tl.load(chunks + index)
     record = records + (chunk >> 32) * _COLUMNS
+    addresses = record + _FIRST_ADDRESS
     total = _chunk(
-        tl.load(record),
-        tl.load(record + 1),
-        tl.load(record + 2),
-        tl.load(record + 3),
-        tl.load(record + 4),
+        tl.load(addresses),
+        tl.load(addresses + 1),
+        tl.load(addresses + 2),
+        tl.load(addresses + 3),
+        tl.load(addresses + 4),
         chunk & 0xFFFFFFFF,
         tl.load(record + _NUMEL),
         tl.load(record + _SAMPLES),

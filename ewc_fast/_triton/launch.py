@@ -17,18 +17,18 @@ _FACTORS = {"add_penalty_grad_": 0.5, "penalty": 0.5, "merge_": 1.0}
 
 _IN_FLOAT64 = frozenset({"merge_", "merge_online_"})
 
-_DTYPES = {
+DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
 
-_SUM_BLOCK = 4096
+SUM_BLOCK = 4096
 
 # Products and sums are rounded each, as PyTorch does: it costs nothing where memory is the limit,
 # and what is then rounded by chance falls to the same side in every implementation.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tensor | None:
@@ -48,7 +48,7 @@ def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tens
             _start(operation, table, launch, partial, (coefficient, seed))
         if value is not None:
             kernels.sum_partials[(1,)](
-                partial, value, table.chunks, _FACTORS[operation], BLOCK=_SUM_BLOCK, num_warps=8
+                partial, value, table.chunks, _FACTORS[operation], BLOCK=SUM_BLOCK, num_warps=8
             )
     return value
 
@@ -56,7 +56,7 @@ def run(operation: str, table: Table, coefficient: float, seed: int = 0) -> Tens
 def _start(
     operation: str, table: Table, launch: Launch, partial: Tensor | None, scalars: tuple[float, int]
 ) -> None:
-    fixed = constants(operation, launch) | _OPTIONS
+    fixed = constants(operation, launch) | OPTIONS
     on_device = table.on_device() if len(launch.rows) > 1 else None
     if on_device is not None:
         kernels.over_rows[(launch.chunks,)](
@@ -73,7 +73,7 @@ def _start(
 def constants(operation: str, launch: Launch) -> dict[str, Any]:
     """Return what a kernel is compiled for."""
     wide = operation in _IN_FLOAT64 or torch.float64 in launch.dtypes
-    dtypes = [_DTYPES[dtype] for dtype in launch.dtypes]
+    dtypes = [DTYPES[dtype] for dtype in launch.dtypes]
     dtypes += dtypes[-1:] * (OPERANDS - len(dtypes))
     return {
         "OPERATION": operation,

@@ -21,25 +21,25 @@ from ewc_fast._triton.formulas import (
 @triton.jit
 def add_penalty_grad(total, grad, param, fisher, anchor, at, mask, ewc_lambda):
     """``g += lambda F (theta - a)``. Reads g, theta, F, a; writes g: 20 | 14 bytes."""
-    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
-    pull = penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance)
-    _store(grad, at, mask, _load(grad, at, mask, total) + pull)
+    distance = load(param, at, mask, total) - load(anchor, at, mask, total)
+    pull = penalty_gradient(ewc_lambda, load(fisher, at, mask, total), distance)
+    store(grad, at, mask, load(grad, at, mask, total) + pull)
     return total + pull * distance
 
 
 @triton.jit
 def penalty(total, param, fisher, anchor, at, mask, ewc_lambda):
     """``sum lambda F (theta - a)^2``. Reads theta, F, a: 12 | 10 bytes."""
-    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
-    return total + penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance) * distance
+    distance = load(param, at, mask, total) - load(anchor, at, mask, total)
+    return total + penalty_gradient(ewc_lambda, load(fisher, at, mask, total), distance) * distance
 
 
 @triton.jit
 def penalty_grad(total, out, param, fisher, anchor, at, mask, ewc_lambda):
     """``out = lambda F (theta - a)``. Reads theta, F, a; writes out: 16 | 12 bytes."""
-    distance = _load(param, at, mask, total) - _load(anchor, at, mask, total)
-    pull = penalty_gradient(ewc_lambda, _load(fisher, at, mask, total), distance)
-    _store(out, at, mask, pull)
+    distance = load(param, at, mask, total) - load(anchor, at, mask, total)
+    pull = penalty_gradient(ewc_lambda, load(fisher, at, mask, total), distance)
+    store(out, at, mask, pull)
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def accumulate_square(
         grad = grads + sample * sample_stride
         if mask is None:
             grad = tl.multiple_of(grad, VECTOR * grad.dtype.element_ty.primitive_bitwidth // 8)
-        value = _load(grad, at, mask, total)
+        value = load(grad, at, mask, total)
         squares += value * value
-    _store_fisher(fisher, at, mask, _load(fisher, at, mask, total) + weight * squares, seed)
+    _store_fisher(fisher, at, mask, load(fisher, at, mask, total) + weight * squares, seed)
 
 
 @triton.jit
@@ -63,36 +63,36 @@ def merge_(total, fisher, anchor, residual, new_fisher, param, at, mask, gamma, 
 
     Reads F, a, residual, F_t, theta; writes F, a, residual: 28 | 26 bytes.
     """
-    exact_anchor = _load(anchor, at, mask, total) + _load(residual, at, mask, total)
-    new = _load(new_fisher, at, mask, total)
-    old = _load(fisher, at, mask, total)
-    both, merged, constant = merge(gamma, old, exact_anchor, new, _load(param, at, mask, total))
+    exact_anchor = load(anchor, at, mask, total) + load(residual, at, mask, total)
+    new = load(new_fisher, at, mask, total)
+    old = load(fisher, at, mask, total)
+    both, merged, constant = merge(gamma, old, exact_anchor, new, load(param, at, mask, total))
     kept = merged.to(anchor.dtype.element_ty)
     _store_fisher(fisher, at, mask, both, seed)
-    _store(anchor, at, mask, kept)
-    _store(residual, at, mask, merged - kept.to(tl.float64))
+    store(anchor, at, mask, kept)
+    store(residual, at, mask, merged - kept.to(tl.float64))
     return total + constant
 
 
 @triton.jit
 def merge_online(total, fisher, anchor, new_fisher, param, at, mask, gamma, seed):
     """``F' = gamma F + F_t, a' = theta``. Reads F, F_t, theta; writes F, a: 20 | 18 bytes."""
-    new = _load(new_fisher, at, mask, total)
-    both = decayed_sum(gamma, _load(fisher, at, mask, total), new)
+    new = load(new_fisher, at, mask, total)
+    both = decayed_sum(gamma, load(fisher, at, mask, total), new)
     _store_fisher(fisher, at, mask, both, seed)
-    _store(anchor, at, mask, _load(param, at, mask, total))
+    store(anchor, at, mask, load(param, at, mask, total))
 
 
 @triton.jit
 def proximal_step(total, param, fisher, anchor, at, mask, eta_lambda):
     """``theta -= (theta - a) / (1 + 1 / (eta lambda F))``. Reads theta, F, a: 16 | 12 bytes."""
-    strength = eta_lambda * _load(fisher, at, mask, total)
-    theta = _load(param, at, mask, total)
-    _store(param, at, mask, proximal(strength, theta, _load(anchor, at, mask, total)))
+    strength = eta_lambda * load(fisher, at, mask, total)
+    theta = load(param, at, mask, total)
+    store(param, at, mask, proximal(strength, theta, load(anchor, at, mask, total)))
 
 
 @triton.jit
-def _load(pointer, at, mask, like):
+def load(pointer, at, mask, like):
     """Load elements, in the dtype of ``like``; bfloat16 has no arithmetic of its own."""
     if mask is None:
         value = tl.load(pointer + at)
@@ -102,7 +102,7 @@ def _load(pointer, at, mask, like):
 
 
 @triton.jit
-def _store(pointer, at, mask, value):
+def store(pointer, at, mask, value):
     """Store elements, rounded to nearest; from float64 to bfloat16 by way of float32."""
     if pointer.dtype.element_ty == tl.bfloat16 and value.dtype == tl.float64:
         value = value.to(tl.float32)
@@ -118,4 +118,4 @@ def _store_fisher(fisher, at, mask, value, seed):
     """Store a Fisher, rounded by chance to bfloat16: small addends are not lost in a large sum."""
     if fisher.dtype.element_ty == tl.bfloat16:
         value = round_stochastically(value.to(tl.float32), random_bits(seed, at))
-    _store(fisher, at, mask, value)
+    store(fisher, at, mask, value)

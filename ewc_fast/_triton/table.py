@@ -22,10 +22,17 @@ CHUNK = 16384
 """Elements that one program works on."""
 
 OPERANDS = 5
-"""Addresses in a record; operations with fewer repeat their last one."""
+"""Addresses in a record; operations with fewer repeat one, which nobody reads."""
 
-NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, COLUMNS = range(OPERANDS, OPERANDS + 6)
-"""Columns of a record behind the addresses, and how many there are in all."""
+STEP_OPERANDS = 9
+"""The same for optimizers' steps, whose operands have places of their own (csrc/optimizer.h)."""
+
+NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, FIRST_ADDRESS = range(6)
+"""Columns of a record before the addresses, and where these begin."""
+
+COLUMNS = FIRST_ADDRESS + OPERANDS
+STEP_COLUMNS = FIRST_ADDRESS + STEP_OPERANDS
+"""Columns of a record."""
 
 
 class Row(NamedTuple):
@@ -65,6 +72,8 @@ class Table:
         self.device: torch.device | None = lists[0][0].device if lists[0] else None
         self.read_by_graphs: list[Tensor] = []
         self._stacked = [operand.stacked for operand in operation.operands]
+        self._are_counts = [operand.role == "count" for operand in operation.operands]
+        self._slots = [operand.slot for operand in operation.operands]
         tensors = list(zip(*lists, strict=True))
         self.rows = [self._row(*row) for row in zip(tensors, ordinals, strict=True)]
         self.launches = self._split(tensors)
@@ -111,7 +120,7 @@ class Table:
     def only_row(self, launch: Launch) -> tuple[list[int], Row, int]:
         """Return addresses and shape of a launch's one row, and whether it is aligned (1 or 0)."""
         (row,) = launch.rows
-        return _padded(self._addresses[row]), self.rows[row], self._aligned[row]
+        return self.placed(row), self.rows[row], self._aligned[row]
 
     def _row(self, tensors: Sequence[Tensor], ordinal: int) -> Row:
         single = tensors[self._stacked.index(False)]
@@ -155,24 +164,31 @@ class Table:
         )
 
     def _record(self, row: int) -> list[int]:
-        return [*_padded(self._addresses[row]), *self.rows[row], self._aligned.get(row, 0)]
+        return [*self.rows[row], self._aligned.get(row, 0), *self.placed(row)]
+
+    def placed(self, row: int) -> list[int]:
+        """Return a row's addresses where kernels look for them, with its first in the gaps."""
+        first = self._addresses[row][:1]
+        if self._slots[0] is None:
+            return self._addresses[row] + first * (OPERANDS - len(self._slots))
+        placed = first * STEP_OPERANDS
+        for slot, address in zip(self._slots, self._addresses[row], strict=True):
+            assert slot is not None
+            placed[slot] = address
+        return placed
 
     def _is_aligned(self, row: int, launch: Launch) -> int:
         """Whether threads can move whole vectors of every operand: 1 or 0."""
         vector = launch.vector
-        starts = zip(self._addresses[row], launch.dtypes, strict=True)
+        starts = zip(self._addresses[row], launch.dtypes, self._are_counts, strict=True)
         return int(
-            all(address % (vector * dtype.itemsize) == 0 for address, dtype in starts)
+            all(a % (vector * dtype.itemsize) == 0 or is_count for a, dtype, is_count in starts)
             and self.rows[row].sample_stride % vector == 0
         )
 
 
 def _chunks_of(row: Row) -> int:
     return -(-row.numel // CHUNK)
-
-
-def _padded(addresses: list[int]) -> list[int]:
-    return addresses + addresses[-1:] * (OPERANDS - len(addresses))
 
 
 def _capturing(device: torch.device) -> bool:

@@ -107,8 +107,7 @@ class FusedOptimizer(Optimizer):
                 )
                 values.append(self._step_batch(group, batch, plan))
         if self.ewc is not None:
-            constant = torch.tensor(self.ewc.constant_penalty, dtype=torch.float64)
-            self.last_penalty = sum((value.to(constant.device) for value in values), constant)
+            self.last_penalty = _added(values, self.ewc.constant_penalty)
         return loss
 
     def _step_batch(self, group: dict[str, Any], batch: Batch, plan: functional.Plan) -> Tensor:
@@ -187,7 +186,7 @@ class FusedOptimizer(Optimizer):
     def _options(self, group: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """Return what all optimizers tell their step."""
         options: dict[str, Any] = {
-            "lr": float(group["lr"]),
+            "lr": _learning_rate(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
             "maximize": group["maximize"],
         }
@@ -272,3 +271,16 @@ class FusedOptimizer(Optimizer):
         for name, value in saved.items():
             if name in kept and name != "step" and self._is_wide(param):
                 kept[name] = value.to(param.device, torch.float32, copy=True)
+
+
+def _learning_rate(lr: float | Tensor) -> float | Tensor:
+    """Return a number, or the tensor on a GPU that the step reads there: nobody waits for it."""
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
+def _added(values: list[Tensor], constant: float) -> Tensor:
+    """Add scalars on the first one's device, for which nobody waits."""
+    total = torch.tensor(constant, dtype=torch.float64) if not values else values[0] + constant
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    return total

@@ -21,7 +21,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __grid_constant__ &  // large parameters: not on every fiber's small stack
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Index {
   unsigned x;
