@@ -306,7 +306,9 @@ class EWC:
 
     def _each_spring(self) -> dict[str, ActiveSprings]:
         return {
-            name: ActiveSprings([param], [self._springs[name]], self._impl)
+            name: active_springs(
+                [param], [self._springs[name]], self._impl, on_cpu=self._storage.on_cpu
+            )
             for name, param in self._params.items()
             if param.requires_grad and name in self._springs
         }

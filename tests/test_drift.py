@@ -64,6 +64,15 @@ def test_a_bfloat16_fisher_will_do():
         assert abs(ewc.drift()[name].item() - exact) <= value_budget(exact, torch.float32)
 
 
+@pytest.mark.parametrize("storage", ["e5m3", "float32@cpu"])
+def test_every_storage_will_do(storage):
+    _, ewc = consolidated(storage=storage)
+    for name, square in exact_squares(ewc).items():
+        assert abs(ewc.drift()[name].item() - square.item() ** 0.5) <= value_budget(
+            square.item() ** 0.5, torch.float32
+        )
+
+
 def test_layers_are_name_prefixes_of_the_depth_asked_for():
     names = ["scale", "body.0.weight", "body.0.bias", "body.10.weight", "head.bias"]
     parts = {name: torch.tensor(2.0**n) for n, name in enumerate(names)}

@@ -15,9 +15,9 @@ import pytest
 import torch
 from models import mlp
 from torch import nn
-from training import batch, consolidated, same, shift
+from training import batch, consolidated, loss, same, shift
 
-from ewc_fast import EWC, persistence
+from ewc_fast import EWC, EWCOptimizer, persistence
 
 safetensors = pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -46,6 +46,22 @@ def test_it_comes_back_bit_for_bit_with_its_settings(storage, dtype, tmp_path):
         torch.manual_seed(1)
         one.consolidate_from({n: torch.ones_like(p) for n, p in model.named_parameters()})
     assert same(loaded.state_dict(), ewc.state_dict())
+
+
+@pytest.mark.parametrize("importance", ["mas", "si", "l2"])
+def test_other_importances_come_back_too(importance, tmp_path):
+    model = mlp()
+    ewc = EWC(model, ewc_lambda=1.0, importance=importance)
+    optimizer = EWCOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ewc)
+    for _ in range(2):  # the second leaves a path that is not yet a task's
+        loss(model, batch(model)).backward()
+        optimizer.step()
+        if ewc.tasks == 0:
+            ewc.consolidate([batch(model)])
+    ewc.save(tmp_path / "ewc.safetensors")
+    loaded = EWC.load(tmp_path / "ewc.safetensors", model)
+    assert same(loaded.state_dict(), ewc.state_dict())
+    assert repr(loaded) == repr(ewc)
 
 
 def test_before_the_first_task_there_are_only_settings(tmp_path):

@@ -278,9 +278,9 @@ def _learning_rate(lr: float | Tensor) -> float | Tensor:
     return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
-def _added(values: list[Tensor], constant: float) -> Tensor:
+def _added(values: list[Tensor], constant: float | Tensor) -> Tensor:
     """Add scalars on the first one's device, for which nobody waits."""
-    total = torch.tensor(constant, dtype=torch.float64) if not values else values[0] + constant
+    total = values[0] + constant if values else torch.as_tensor(constant, dtype=torch.float64)
     for value in values[1:]:
         total = total + value.to(total.device)
     return total
