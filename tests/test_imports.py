@@ -51,9 +51,7 @@ MAY_IMPORT = {
     "drift": {"_springs", "_checks"},
     "lora": {"_checks"},
     "importance": {"fisher", "_checks"},
-    "ewc": {
-        "drift",
-        "fisher",
+    "state": {
         "importance",
         "persistence",
         "_encoded",
@@ -62,6 +60,7 @@ MAY_IMPORT = {
         "_checks",
         "_dispatch",
     },
+    "ewc": {"state", "drift", "fisher", "importance", "_encoded", "_springs", "_checks"},
     "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "demo": {"__init__"},
