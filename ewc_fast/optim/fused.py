@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,7 +31,7 @@ class Batch:
     anchor: list[Tensor] = field(default_factory=list)
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Optimizer, ABC):
     """Base of :class:`SGD`, :class:`Adam`, :class:`AdamW`, beside PyTorch's class of that name."""
 
     ewc: EWC | None
@@ -110,13 +111,13 @@ class FusedOptimizer(Optimizer):
             self.last_penalty = _added(values, self.ewc.constant_penalty)
         return loss
 
+    @abstractmethod
     def _step_batch(self, group: dict[str, Any], batch: Batch, plan: functional.Plan) -> Tensor:
         """Take the step of a batch; return the penalty before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Make the parameter's state where missing; return whether its momentum is to begin."""
-        raise NotImplementedError
 
     def _find_springs(self) -> None:
         """Look the springs up anew when the EWC or the groups have changed."""
