@@ -13,10 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ewc_fast import functional
+from ewc_fast._prepare import prepare_sgd_step
+from ewc_fast._steps import Step
 from ewc_fast.ewc import EWC
 from ewc_fast.optim.arguments import check_ewc, check_mode
+from ewc_fast.optim.last_step import LastStep
 
 _HALF = (torch.bfloat16, torch.float16)
+Springs = dict[Tensor, tuple[Tensor, Tensor]]  # each parameter's Fisher and anchor
 _OWN = ("ewc", "mode", "master_weights", "stochastic_rounding")
 
 
@@ -24,6 +28,7 @@ _OWN = ("ewc", "mode", "master_weights", "stochastic_rounding")
 class Batch:
     """Parameters of one group that take the step in one call."""
 
+    rests: bool  # without a gradient; only the proximal step is taken
     begins: bool  # its momentum
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -78,9 +83,14 @@ class FusedOptimizer(Optimizer, ABC):
 
     def _forget(self) -> None:
         self._plans: dict[tuple[Any, ...], functional.Plan] = {}
-        self._springs: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._springs: Springs = {}
         self._springs_of: tuple[int, int] | None = None
-        self.last_penalty: Tensor | None = None
+        self._last_step = LastStep()
+
+    @property
+    def last_penalty(self) -> Tensor | None:
+        """The penalty before the last step, a float64 scalar; None before the first, or no EWC."""
+        return self._last_step.penalty
 
     # The step
 
@@ -95,71 +105,129 @@ class FusedOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        self._find_springs()
-        batches = [self._batches(group) for group in self.param_groups]
-        values = []
-        for index, group in enumerate(self.param_groups):
-            resting, moving = batches[index]
-            if resting:
-                values.append(self._settle(group, resting))
-            for key, batch in moving.items():
-                plan = self._plans.setdefault(
-                    (index, *key), functional.Plan(pinned=("fisher", "anchor"))
-                )
-                values.append(self._step_batch(group, batch, plan))
+        values = [step() for step in self._validated_steps()]
         if self.ewc is not None:
-            self.last_penalty = _added(values, self.ewc.constant_penalty)
+            self._last_step.penalty = _added(values, self.ewc.constant_penalty)
         return loss
 
     @abstractmethod
-    def _step_batch(self, group: dict[str, Any], batch: Batch, plan: functional.Plan) -> Tensor:
-        """Take the step of a batch; return the penalty before it."""
+    def _prepare(self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None) -> Step:
+        """Validate the step of a batch and return it."""
 
     @abstractmethod
-    def _begin(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Make the parameter's state where missing; return whether its momentum is to begin."""
+    def _missing_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state that a parameter lacks, as it is before the first step."""
 
-    def _find_springs(self) -> None:
-        """Look the springs up anew when the EWC or the groups have changed."""
+    def _begins_with_zeros(self, group: dict[str, Any]) -> bool:
+        """Whether missing state is as good as zeros."""
+        return True
+
+    def _validated_steps(self) -> list[Step]:
+        """Return the steps of all groups; if one's are refused, none is taken and no state left."""
+        springs = self._current_springs()
+        if torch.compiler.is_compiling():
+            self._begin_early(*(self._moving(group, springs) for group in self.param_groups))
+        begun: list[tuple[Tensor, dict[str, Tensor]]] = []
+        try:
+            return [
+                step
+                for index, group in enumerate(self.param_groups)
+                for step in self._group_steps(index, group, springs, begun)
+            ]
+        except BaseException:
+            self._undo(begun)
+            raise
+
+    def _group_steps(
+        self,
+        index: int,
+        group: dict[str, Any],
+        springs: Springs,
+        begun: list[tuple[Tensor, dict[str, Tensor]]],
+    ) -> list[Step]:
+        """Return the steps of a group's batches, their state made where missing."""
+        steps = []
+        for key, batch in self._batches(group, springs, begun).items():
+            prepare = self._prepare_rest if batch.rests else self._prepare
+            steps.append(prepare(group, batch, self._plan(index, *key)))
+        return steps
+
+    def _plan(self, *key: int) -> functional.Plan | None:
+        """Return what a batch's call keeps; graphs keep nothing of the kind."""
+        if torch.compiler.is_compiling():
+            return None
+        return self._plans.setdefault(key, functional.Plan(pinned=("fisher", "anchor")))
+
+    def _current_springs(self) -> Springs:
+        """Return the springs, looked up anew when the EWC or the groups have changed."""
         if self.ewc is None:
-            return
+            return {}
         params = [param for group in self.param_groups for param in group["params"]]
-        now = self.ewc.version, len(params)
-        if now != self._springs_of:
-            rows = zip(*self.ewc.springs_of(params).operands, strict=True)
-            self._springs = {param: (fisher, anchor) for param, fisher, anchor in rows}
-            self._springs_of = now
+        now, compiling = (self.ewc.version, len(params)), torch.compiler.is_compiling()
+        if now == self._springs_of and not compiling:
+            return self._springs
+        rows = zip(*self.ewc.springs_of(params).operands, strict=True)
+        springs = {param: (fisher, anchor) for param, fisher, anchor in rows}
+        if not compiling:  # see EWC._active
+            self._springs, self._springs_of = springs, now
             self._plans.clear()
+        return springs
 
-    def _batches(self, group: dict[str, Any]) -> tuple[list[Tensor], dict[tuple[Any, ...], Batch]]:
-        """Return the parameters that only settle, and the others by what they have.
+    def _moves(self, param: Tensor, springs: Springs) -> bool:
+        """Whether a parameter takes a step: as in PyTorch, or as a spring pulls in its gradient."""
+        pulled = self.mode == "gradient" and param.requires_grad and param in springs
+        return param.grad is not None or pulled
 
-        As in PyTorch, a parameter without a gradient is left alone, unless a spring is at it.
-        Frozen ones have none.
-        """
-        chosen: list[tuple[Tensor, tuple[Tensor, Tensor] | None]] = []
-        resting = []
+    def _moving(self, group: dict[str, Any], springs: Springs) -> tuple[int, ...]:
+        """Return the places of those that do."""
+        return tuple(i for i, p in enumerate(group["params"]) if self._moves(p, springs))
+
+    def _batches(
+        self,
+        group: dict[str, Any],
+        springs: Springs,
+        begun: list[tuple[Tensor, dict[str, Tensor]]],
+    ) -> dict[tuple[bool, ...], Batch]:
+        """Return the parameters by what they have, those left out that have nothing to do."""
+        batches: dict[tuple[bool, ...], Batch] = {}
         for param in group["params"]:
-            spring = self._springs.get(param) if param.requires_grad else None
-            if param.grad is not None:
-                chosen.append((param, spring))
-            elif spring is not None and self.mode == "proximal":
-                resting.append(param)
-            elif spring is not None:
-                chosen.append((param, spring))
-        batches: dict[tuple[Any, ...], Batch] = {}
-        for param, spring in chosen:
-            begins = self._begin(param, group)
-            key = (spring is not None, self._has_master(param), begins)
-            batch = batches.setdefault(key, Batch(begins))
-            if param.grad is None:
+            spring = springs.get(param) if param.requires_grad else None
+            rests = not self._moves(param, springs)
+            if rests and spring is None:
+                continue
+            missing = self._missing_master(param) if rests else self._missing_state(param, group)
+            if missing:
+                self.state[param].update(missing)
+                begun.append((param, missing))
+            begins = "momentum_buffer" in missing
+            key = (rests, spring is not None, self._has_master(param), begins)
+            batch = batches.setdefault(key, Batch(rests, begins))
+            if param.grad is None and not rests:
                 param.grad = torch.zeros_like(param)
             batch.params.append(param)
-            batch.grads.append(param.grad)
+            batch.grads.append(torch.zeros_like(param) if param.grad is None else param.grad)
             if spring is not None:
                 batch.fisher.append(spring[0])
                 batch.anchor.append(spring[1])
-        return resting, batches
+        return batches
+
+    def _undo(self, begun: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        for param, missing in begun:
+            for name in missing:
+                del self.state[param][name]
+            if not self.state[param]:
+                del self.state[param]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _begin_early(self, *moving: tuple[int, ...]) -> None:
+        """Make missing state while a graph is traced, which is then not made again with it there.
+
+        The graph itself looks for state, so that it holds for no other.
+        """
+        for group, places in zip(self.param_groups, moving, strict=True):
+            for place in places if self._begins_with_zeros(group) else ():
+                param = group["params"][place]
+                self.state[param].update(self._missing_state(param, group))
 
     def _check_gradients(self) -> None:
         """Raise for sparse gradients, before any group has begun its step."""
@@ -170,36 +238,38 @@ class FusedOptimizer(Optimizer, ABC):
                     "with sparse=False"
                 )
 
-    def _settle(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
-        """Take the proximal step alone, of parameters without a gradient."""
-        assert self.ewc is not None
-        held = [self.state.get(p, {}).get("master", p) for p in params]
-        springs = [self._springs[p] for p in params]
-        fisher, anchor = [fisher for fisher, _ in springs], [anchor for _, anchor in springs]
-        strength = self.ewc.ewc_lambda
-        value = functional.penalty(held, fisher, anchor, ewc_lambda=strength)
-        functional.proximal_step_(held, fisher, anchor, ewc_lambda=strength, lr=float(group["lr"]))
-        for param, moved in zip(params, held, strict=True):
-            if moved is not param:
-                param.copy_(moved)
-        return value
+    def _prepare_rest(
+        self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None
+    ) -> Step:
+        """Validate the proximal step alone, of parameters without a gradient: theirs are zeros."""
+        options = self._options(group, batch) | {"weight_decay": 0.0}
+        return prepare_sgd_step(self._lists(batch), plan=plan, **options)
+
+    def _lists(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Return the operands that all optimizers have."""
+        lists = {"params": batch.params, "grads": batch.grads}
+        if batch.fisher:
+            lists |= {"fisher": batch.fisher, "anchor": batch.anchor}
+        if self._has_master(batch.params[0]):
+            lists["master"] = self._states(batch, "master")
+        return lists
+
+    def _states(self, batch: Batch, name: str) -> list[Tensor]:
+        return [self.state[param][name] for param in batch.params]
 
     def _options(self, group: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """Return what all optimizers tell their step."""
         options: dict[str, Any] = {
-            "lr": _learning_rate(group["lr"]),
+            "lr": group["lr"],
             "weight_decay": float(group["weight_decay"]),
             "maximize": group["maximize"],
         }
         if batch.fisher:
             assert self.ewc is not None
-            options |= {"fisher": batch.fisher, "anchor": batch.anchor, "mode": self.mode}
-            options["ewc_lambda"] = self.ewc.ewc_lambda
-        if self._has_master(batch.params[0]):
-            options["master"] = [self.state[param]["master"] for param in batch.params]
+            options |= {"mode": self.mode, "ewc_lambda": self.ewc.strength}
         if self.stochastic_rounding and any(p.dtype == torch.bfloat16 for p in batch.params):
             drawn = torch.randint(2**32, (), dtype=torch.int64, device="cpu")
-            options["rounding_seed"] = int(drawn)
+            options["rounding_seed"] = drawn
         return options
 
     # State
@@ -215,9 +285,10 @@ class FusedOptimizer(Optimizer, ABC):
         dtype = torch.float32 if self._is_wide(param) else param.dtype
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    def _begin_master(self, param: Tensor) -> None:
-        if self._has_master(param) and "master" not in self.state[param]:
-            self.state[param]["master"] = param.detach().float()
+    def _missing_master(self, param: Tensor) -> dict[str, Tensor]:
+        if not self._has_master(param) or "master" in self.state.get(param, ()):
+            return {}
+        return {"master": param.detach().float()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; new parameters of the EWC's model are taken up."""
@@ -272,11 +343,6 @@ class FusedOptimizer(Optimizer, ABC):
         for name, value in saved.items():
             if name in kept and name != "step" and self._is_wide(param):
                 kept[name] = value.to(param.device, torch.float32, copy=True)
-
-
-def _learning_rate(lr: float | Tensor) -> float | Tensor:
-    """Return a number, or the tensor on a GPU that the step reads there: nobody waits for it."""
-    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
 def _added(values: list[Tensor], constant: float | Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from ewc_fast._springs import ActiveSprings
 from ewc_fast.ewc import EWC
 from ewc_fast.importance import ActivePath
 from ewc_fast.optim.arguments import check_ewc, check_mode
+from ewc_fast.optim.last_step import LastStep
 
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -21,13 +21,6 @@ _SHARED_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-
-
-@dataclass
-class _LastStep:
-    """What a step leaves behind: apart, as compiled code sets no attributes of optimizers."""
-
-    penalty: Tensor | None = None
 
 
 class EWCOptimizer(Optimizer):
@@ -122,7 +115,7 @@ class EWCOptimizer(Optimizer):
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
         self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
-        self._last_step = _LastStep()
+        self._last_step = LastStep()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "ewc": self.ewc, "mode": self.mode}
