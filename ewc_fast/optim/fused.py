@@ -218,7 +218,6 @@ class FusedOptimizer(Optimizer, ABC):
             if not self.state[param]:
                 del self.state[param]
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _begin_early(self, *moving: tuple[int, ...]) -> None:
         """Make missing state while a graph is traced, which is then not made again with it there.
 
@@ -227,7 +226,13 @@ class FusedOptimizer(Optimizer, ABC):
         for group, places in zip(self.param_groups, moving, strict=True):
             for place in places if self._begins_with_zeros(group) else ():
                 param = group["params"][place]
-                self.state[param].update(self._missing_state(param, group))
+                missing = self._missing_state(param, group)
+                if missing:
+                    self.state[param].update(missing)
+
+    # As by torch.compiler.assume_constant_result, which would import the compiler. Without the
+    # mark the state is made in the graph, and another graph made where it is there.
+    _begin_early._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _check_gradients(self) -> None:
         """Raise for sparse gradients, before any group has begun its step."""
