@@ -126,7 +126,7 @@ class FusedOptimizer(Optimizer, ABC):
         """Return the steps of all groups; if one's are refused, none is taken and no state left."""
         springs = self._current_springs()
         if torch.compiler.is_compiling():
-            self._begin_early(*(self._moving(group, springs) for group in self.param_groups))
+            self._begin_early(*(self._acting(group, springs) for group in self.param_groups))
         begun: list[tuple[Tensor, dict[str, Tensor]]] = []
         try:
             return [
@@ -178,9 +178,11 @@ class FusedOptimizer(Optimizer, ABC):
         pulled = self.mode == "gradient" and param.requires_grad and param in springs
         return param.grad is not None or pulled
 
-    def _moving(self, group: dict[str, Any], springs: Springs) -> tuple[int, ...]:
-        """Return the places of those that do."""
-        return tuple(i for i, p in enumerate(group["params"]) if self._moves(p, springs))
+    def _acting(self, group: dict[str, Any], springs: Springs) -> list[tuple[int, bool]]:
+        """Return the places of those that do, or rest and only settle; and whether they rest."""
+        moves = [self._moves(param, springs) for param in group["params"]]
+        pulled = [param.requires_grad and param in springs for param in group["params"]]
+        return [(i, not m) for i, m in enumerate(moves) if m or pulled[i]]
 
     def _batches(
         self,
@@ -195,10 +197,8 @@ class FusedOptimizer(Optimizer, ABC):
             rests = not self._moves(param, springs)
             if rests and spring is None:
                 continue
-            missing = self._missing_master(param) if rests else self._missing_state(param, group)
-            if missing:
-                self.state[param].update(missing)
-                begun.append((param, missing))
+            missing = self._make_state(param, group, rests)
+            begun.append((param, missing))
             begins = "momentum_buffer" in missing
             key = (rests, spring is not None, self._has_master(param), begins)
             batch = batches.setdefault(key, Batch(rests, begins))
@@ -211,24 +211,28 @@ class FusedOptimizer(Optimizer, ABC):
                 batch.anchor.append(spring[1])
         return batches
 
+    def _make_state(self, param: Tensor, group: dict[str, Any], rests: bool) -> dict[str, Tensor]:
+        """Make the state that a parameter lacks; return it."""
+        missing = self._missing_master(param) if rests else self._missing_state(param, group)
+        if missing:
+            self.state[param].update(missing)
+        return missing
+
     def _undo(self, begun: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
         for param, missing in begun:
             for name in missing:
                 del self.state[param][name]
-            if not self.state[param]:
+            if missing and not self.state[param]:
                 del self.state[param]
 
-    def _begin_early(self, *moving: tuple[int, ...]) -> None:
+    def _begin_early(self, *acting: list[tuple[int, bool]]) -> None:
         """Make missing state while a graph is traced, which is then not made again with it there.
 
         The graph itself looks for state, so that it holds for no other.
         """
-        for group, places in zip(self.param_groups, moving, strict=True):
-            for place in places if self._begins_with_zeros(group) else ():
-                param = group["params"][place]
-                missing = self._missing_state(param, group)
-                if missing:
-                    self.state[param].update(missing)
+        for group, places in zip(self.param_groups, acting, strict=True):
+            for place, rests in places if self._begins_with_zeros(group) else ():
+                self._make_state(group["params"][place], group, rests)
 
     # As by torch.compiler.assume_constant_result, which would import the compiler. Without the
     # mark the state is made in the graph, and another graph made where it is there.
