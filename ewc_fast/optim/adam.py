@@ -95,6 +95,14 @@ class Adam(_AdamStep, torch.optim.Adam):
 
     ``last_penalty`` is the penalty before the latest step, a float64 scalar.
 
+    ``torch.compile(fullgraph=True)`` takes a step in one graph, with the backward pass where
+    PyTorch traces that. New values of lambda, and of a learning rate that is a tensor, recompile
+    nothing; a number as learning rate belongs to the graph. Schedulers of PyTorch put a function
+    around the optimizer's ``step`` which no graph can hold: compile what calls
+    ``step = optimizer.step`` as it was before they were made. Wrong options and gradients raise
+    before any group has begun its step; in a graph, numbers in tensors are checked when their group
+    takes its.
+
     Raises
     ------
     TypeError, ValueError, RuntimeError

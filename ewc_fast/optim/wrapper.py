@@ -45,8 +45,13 @@ class EWCOptimizer(Optimizer):
     skipped step adds none.
 
     ``torch.compile`` takes a whole step, backward pass and wrapper, in one graph
-    (``fullgraph=True``) where it takes the inner optimizer's step so: PyTorch's own break the
-    graph, though nothing of EWC's does. New values of lambda recompile nothing; a consolidation
+    (``fullgraph=True``) where it takes the inner optimizer's step so. Nothing of EWC's breaks the
+    graph, but PyTorch 2.13's optimizers do: on purpose before and after each step (the note on
+    graph breaks in torch/optim/optimizer.py says why; without them memory use grows), around steps
+    with ``fused=True``, which the compiler leaves alone, and where gradients are made in the same
+    graph ("pending mutation on parameter"). Without ``fullgraph`` they compile in pieces; for one
+    graph take :class:`~ewc_fast.optim.SGD`, :class:`~ewc_fast.optim.Adam` or
+    :class:`~ewc_fast.optim.AdamW`. New values of lambda recompile nothing; a consolidation
     recompiles once. A CUDA graph captures a step with the lambda of its capture.
 
     With ``EWC(importance="si")`` each step adds to the path integral: the task's gradient as it is
