@@ -66,7 +66,8 @@ def _arguments(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return an operator's arguments, positional and by name."""
     ordered = [list(lists.get(operand.name, ())) for operand in _steps.OPERANDS[name]]
-    scalars = {k: v for k, v in options._asdict().items() if k not in Numbers._fields}
+    fields = _STEPS[name][1]._fields
+    scalars = {k: v for k, v in zip(fields, options, strict=True) if k not in Numbers._fields}
     return [*ordered, *numbers], scalars
 
 

@@ -31,7 +31,8 @@ class _AdamStep(FusedOptimizer):
         return missing
 
     def _prepare(self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None) -> Step:
-        lists = self._lists(batch) | {
+        lists = {
+            **self._lists(batch),
             "exp_avgs": self._states(batch, "exp_avg"),
             "exp_avg_sqs": self._states(batch, "exp_avg_sq"),
             "steps": self._states(batch, "step"),

@@ -251,14 +251,14 @@ class FusedOptimizer(Optimizer, ABC):
         self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None
     ) -> Step:
         """Validate the proximal step alone, of parameters without a gradient: theirs are zeros."""
-        options = self._options(group, batch) | {"weight_decay": 0.0}
+        options = {**self._options(group, batch), "weight_decay": 0.0}
         return prepare_sgd_step(self._lists(batch), plan=plan, **options)
 
     def _lists(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Return the operands that all optimizers have."""
         lists = {"params": batch.params, "grads": batch.grads}
         if batch.fisher:
-            lists |= {"fisher": batch.fisher, "anchor": batch.anchor}
+            lists.update(fisher=batch.fisher, anchor=batch.anchor)
         if self._has_master(batch.params[0]):
             lists["master"] = self._states(batch, "master")
         return lists
@@ -275,7 +275,7 @@ class FusedOptimizer(Optimizer, ABC):
         }
         if batch.fisher:
             assert self.ewc is not None
-            options |= {"mode": self.mode, "ewc_lambda": self.ewc.strength}
+            options.update(mode=self.mode, ewc_lambda=self.ewc.strength)
         if self.stochastic_rounding and any(p.dtype == torch.bfloat16 for p in batch.params):
             drawn = torch.randint(2**32, (), dtype=torch.int64, device="cpu")
             options["rounding_seed"] = drawn
