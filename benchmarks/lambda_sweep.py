@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from harness import ROOT, environment
+from harness import ROOT
 
-from ewc_fast.demo import mnist
 from ewc_fast.demo.permuted import Method, Protocol, exact_fisher, learn
+from ewc_fast.environment import environment
+from ewc_fast.experiments.shared import mnist
 
 Mode = Literal["gradient", "proximal"]
 MODES: tuple[Mode, ...] = get_args(Mode)

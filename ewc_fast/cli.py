@@ -1,4 +1,4 @@
-"""The command line: ``ewc-fast`` says what runs on this machine, ``ewc-fast demo`` what for."""
+"""The command line: what runs on this machine, and the demo and experiments that show what for."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _DEMO_NEEDS = {"matplotlib", "mlxtend", "tqdm"}
+_EXPERIMENTS_NEED = {*_DEMO_NEEDS, "minatar", "peft", "scipy", "seaborn", "transformers"}
+_OF_THE_PARSER = {"command", "name"}
 _FAILED, _UNUSABLE = 1, 2  # exit codes; 2 is argparse's own for bad usage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, ``info`` if none is named; return the exit code."""
     arguments = _parser().parse_args(argv)
-    return _demo(arguments) if arguments.command == "demo" else _info()
+    commands = {"demo": _demo, "experiment": _experiment}
+    return commands.get(arguments.command, lambda _: _info())(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ewc-fast", description="Elastic Weight Consolidation for PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,experiment}")
     commands.add_parser("info", help="versions and backends, for a bug report (default)")
     demo = commands.add_parser(
         "demo",
@@ -50,7 +53,43 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("ewc_fast_demo"),
         help="folder for the figure (default ./%(default)s)",
     )
+    experiment = commands.add_parser(
+        "experiment",
+        help="one of the experiments of the paper and of those who tested it",
+        description="Prints a table, writes a record (JSON) and a figure (PNG). Exit code 0 if "
+        "what it claims held, 1 if not, 2 if it could not run.",
+    )
+    _add_experiments(experiment)
     return parser
+
+
+def _add_experiments(parser: argparse.ArgumentParser) -> None:
+    import ewc_fast.experiments as experiments
+
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, each in experiments.ALL.items():
+        one = names.add_parser(name, help=each.summary, description=each.summary)
+        one.add_argument("--quick", action="store_true", help="small: shows that everything runs")
+        one.add_argument("--seeds", type=_at_least_one, metavar="N", help="repetitions")
+        one.add_argument(
+            "--workers", type=_at_least_one, metavar="N", help="processes (default: one a core)"
+        )
+        one.add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            default=Path("ewc_fast_experiments"),
+            help="folder for record and figure (default ./%(default)s)",
+        )
+        if "data" in each.takes:
+            one.add_argument(
+                "--data",
+                type=Path,
+                metavar="DIR",
+                help="folder of the full MNIST's IDX files, instead of 5,000 images",
+            )
+        if "suite" in each.takes:
+            one.add_argument("--suite", choices=["minatar", "ale"], default="minatar")
 
 
 def _at_least_one(text: str) -> int:
@@ -76,8 +115,24 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if held else _FAILED
 
 
-def _unusable(message: str) -> int:
-    print(f"ewc-fast demo: {message}", file=sys.stderr)
+def _experiment(arguments: argparse.Namespace) -> int:
+    import ewc_fast.experiments as experiments
+
+    chosen = {key: value for key, value in vars(arguments).items() if key not in _OF_THE_PARSER}
+    try:
+        held = experiments.run(arguments.name, experiments.Options(**chosen))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXPERIMENTS_NEED:
+            raise
+        return _unusable(f"{package} is missing: pip install 'ewc-fast[experiments]'", "experiment")
+    except OSError as error:
+        return _unusable(str(error), "experiment")
+    return 0 if held else _FAILED
+
+
+def _unusable(message: str, command: str = "demo") -> int:
+    print(f"ewc-fast {command}: {message}", file=sys.stderr)
     return _UNUSABLE
 
 
@@ -92,6 +147,7 @@ def _info() -> int:
 def _versions() -> Iterator[tuple[str, str]]:
     from ewc_fast import __version__
     from ewc_fast._native import core
+    from ewc_fast.environment import processor
 
     yield "ewc_fast", __version__
     yield "core", core.version
@@ -99,7 +155,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     for package in ("torch", "numpy", "triton"):
         yield package, _version_of(package)
     yield "system", platform.platform()
-    yield "processor", _processor()
+    yield "processor", processor()
 
 
 def _version_of(package: str) -> str:
@@ -107,17 +163,6 @@ def _version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    """Return the processor's model, which ``platform`` does not know on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _backends() -> Iterator[tuple[str, str]]:

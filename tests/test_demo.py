@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ewc_fast import demo
-from ewc_fast.demo import figure, mnist, permuted, report
-from ewc_fast.demo.mnist import IdxError
+from ewc_fast.demo import figure, permuted, report
+from ewc_fast.experiments.shared import mnist
+from ewc_fast.experiments.shared.mnist import IdxError
 
 TINY = replace(permuted.FIVE_THOUSAND, width=8, epochs=2)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ewc_fast.demo import figure, mnist, permuted, report
-from ewc_fast.demo.mnist import IdxError
+from ewc_fast.demo import figure, permuted, report
+from ewc_fast.experiments.shared import mnist
+from ewc_fast.experiments.shared.mnist import IdxError
 
 __all__ = ["IdxError", "run"]
 

@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from ewc_fast import EWC, EWCOptimizer
-from ewc_fast.demo.mnist import CLASSES, Images, Mnist
+from ewc_fast.experiments.shared.mnist import CLASSES, Images, Mnist
 
 TASKS = "ABC"
 BATCH = 100
