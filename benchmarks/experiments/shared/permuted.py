@@ -1,0 +1,174 @@
+"""Permuted images: tasks that differ in the order of the pixels, and one network to learn them.
+
+Each task shows all images with their pixels in an order of its own (Kirkpatrick et al. 2017,
+section "EWC allows continual learning in a supervised learning context"): equally hard for a
+perceptron, but nothing that its first layer found in one helps in another.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from ewc_fast import EWC, EWCOptimizer
+
+from . import mnist
+from .jobs import run_all
+from .training import perceptron, train_epoch
+
+FISHER_SAMPLES = 1000
+CHOOSING = 100
+"""The first seed of the trainings that choose a method's settings: permutations of their own."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and what is kept of a finished task (nothing: plain SGD).
+
+    With ``dropout`` of the inputs and the hidden layers, and the paper's early stopping, where an
+    experiment knows of them.
+    """
+
+    name: str
+    lr: float = 0.2
+    importance: Literal["fisher", "l2"] | None = None
+    ewc_lambda: float = 0.0
+    mode: Literal["gradient", "proximal"] = "gradient"
+    dropout: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name, with what was chosen."""
+        chosen = f"lr {self.lr:g}" if self.importance is None else f"lambda {self.ewc_lambda:g}"
+        return f"{self.name}, {chosen}"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every method goes through: so many tasks, epochs for each, and images (None: all)."""
+
+    tasks: int
+    epochs: int
+    width: int = 100  # of both hidden layers
+    train: int | None = None
+    test: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: all that its process must know. The seed draws tasks, weights and batches."""
+
+    method: Method
+    protocol: Protocol
+    seed: int
+    data: Path | None = None  # a folder with the whole MNIST
+    judged_on: Literal["validation", "test"] = "test"
+
+    def tasks(self) -> list[Task]:
+        """Return the tasks in turn."""
+        images = mnist.load(self.data)
+        images = images.at_most(train=self.protocol.train, test=self.protocol.test)
+        judged = images.validation if self.judged_on == "validation" else images.test
+        draw = np.random.default_rng(self.seed)
+        pixels = np.arange(images.train.pixels.shape[1])
+        orders = [torch.from_numpy(draw.permutation(pixels)) for _ in range(self.protocol.tasks)]
+        return [Task(images.train, judged, order) for order in orders]
+
+    def network(self) -> nn.Sequential:
+        """Return the network before the first task."""
+        pixels = mnist.load(self.data).train.pixels.shape[1]
+        width = self.protocol.width
+        return perceptron([pixels, width, width, mnist.CLASSES], self.seed)
+
+
+class Task:
+    """Images in an order of their pixels: those to learn from, those to be judged on."""
+
+    def __init__(self, train: mnist.Images, judged: mnist.Images, order: Tensor) -> None:
+        self._train, self._order = train, order
+        self.judged = self._permuted(judged)
+
+    def images(self) -> mnist.Images:
+        """Return those to learn from; made anew, for of a whole MNIST not all tasks' fit."""
+        return self._permuted(self._train)
+
+    def _permuted(self, images: mnist.Images) -> mnist.Images:
+        return mnist.Images(images.pixels[:, self._order], images.digits)
+
+
+class Learner:
+    """A network that learns by a method, and what the method keeps of finished tasks."""
+
+    def __init__(self, model: nn.Module, method: Method, seed: int) -> None:
+        self.model = model
+        self._optimizer: Optimizer = SGD(model.parameters(), lr=method.lr)
+        self._ewc: EWC | None = None
+        if method.importance is not None:
+            self._ewc = EWC(model, ewc_lambda=method.ewc_lambda, importance=method.importance)
+            self._optimizer = EWCOptimizer(self._optimizer, self._ewc, mode=method.mode)
+        self._order = torch.Generator().manual_seed(seed)
+
+    def epoch(self, images: mnist.Images) -> None:
+        """Learn from all images once."""
+        train_epoch(self.model, self._optimizer, images, self._order)
+
+    def finish(self, images: mnist.Images) -> None:
+        """Keep of a task what the method keeps."""
+        if self._ewc is not None:
+            some = images[:FISHER_SAMPLES]
+            self._ewc.consolidate([(some.pixels, some.digits)])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How well each candidate did on validation images, once for each seed; and who did best."""
+
+    scores: dict[Method, list[float]]
+
+    def best(self) -> list[Method]:
+        """Return the best of each name, by the mean over the seeds, in the candidates' order."""
+        by_name: dict[str, list[Method]] = {}
+        for method in self.scores:
+            by_name.setdefault(method.name, []).append(method)
+        return [max(those, key=self._mean) for those in by_name.values()]
+
+    def record(self) -> list[dict[str, Any]]:
+        """Return all of it as plain values."""
+        return [asdict(method) | {"scores": each} for method, each in self.scores.items()]
+
+    def _mean(self, method: Method) -> float:
+        return statistics.mean(self.scores[method])
+
+
+def choose(
+    score: Callable[[Training], float],
+    candidates: Iterable[Method],
+    protocol: Protocol,
+    seeds: int,
+    data: Path | None,
+    workers: int | None,
+) -> Choice:
+    """Score the candidates on validation images, over permutations that are not reported on."""
+    trainings = [
+        Training(method, protocol, seed, data, judged_on="validation")
+        for method in candidates
+        for seed in range(CHOOSING, CHOOSING + seeds)
+    ]
+    scores = run_all(score, trainings, workers=workers, description="choosing")
+    return Choice(by_method(trainings, scores))
+
+
+def by_method(trainings: Sequence[Training], results: Sequence[Any]) -> dict[Method, list[Any]]:
+    """Return each method's results, in the order of its seeds."""
+    found: dict[Method, list[Any]] = {}
+    for training, result in zip(trainings, results, strict=True):
+        found.setdefault(training.method, []).append(result)
+    return found
