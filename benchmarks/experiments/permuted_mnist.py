@@ -148,10 +148,10 @@ def compare(
     ]
     learned = run_all(learn, trainings, workers=options.workers, description="learning")
     found = {m: np.array(curves) for m, curves in by_method(trainings, learned).items()}
-    results = {method.label: record(accuracies) for method, accuracies in found.items()}
+    accuracies = {method.label: record(each) for method, each in found.items()}
     return Findings(
         settings=asdict(settings) | {"data": str(options.data or "5,000 images")},
-        results=results if choice is None else {"choice": choice.record()} | results,
+        results={"choice": choice.record() if choice else None, "accuracy": accuracies},
         table=summary(found),
         figure=figure(found),
         claims=claims(found, settings.margin),
