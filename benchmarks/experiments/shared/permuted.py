@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from . import mnist
 from .jobs import run_all
 from .training import perceptron, train_epoch
 
+Part = Literal["validation", "test"]
 FISHER_SAMPLES = 1000
 CHOOSING = 100
 """The first seed of the trainings that choose a method's settings: permutations of their own."""
@@ -70,17 +72,16 @@ class Training:
     protocol: Protocol
     seed: int
     data: Path | None = None  # a folder with the whole MNIST
-    judged_on: Literal["validation", "test"] = "test"
+    judged_on: Part = "test"
 
     def tasks(self) -> list[Task]:
         """Return the tasks in turn."""
         images = mnist.load(self.data)
         images = images.at_most(train=self.protocol.train, test=self.protocol.test)
-        judged = images.validation if self.judged_on == "validation" else images.test
-        draw = np.random.default_rng(self.seed)
         pixels = np.arange(images.train.pixels.shape[1])
+        draw = np.random.default_rng(self.seed)
         orders = [torch.from_numpy(draw.permutation(pixels)) for _ in range(self.protocol.tasks)]
-        return [Task(images.train, judged, order) for order in orders]
+        return [Task(images, order, self.judged_on) for order in orders]
 
     def network(self) -> nn.Sequential:
         """Return the network before the first task."""
@@ -90,15 +91,26 @@ class Training:
 
 
 class Task:
-    """Images in an order of their pixels: those to learn from, those to be judged on."""
+    """Images in an order of their pixels: to learn from, to stop or choose by, to be judged on."""
 
-    def __init__(self, train: mnist.Images, judged: mnist.Images, order: Tensor) -> None:
-        self._train, self._order = train, order
-        self.judged = self._permuted(judged)
+    def __init__(self, images: mnist.Mnist, order: Tensor, judged_on: Part) -> None:
+        self._images, self._order, self._judged_on = images, order, judged_on
 
     def images(self) -> mnist.Images:
         """Return those to learn from; made anew, for of a whole MNIST not all tasks' fit."""
-        return self._permuted(self._train)
+        return self._permuted(self._images.train)
+
+    @cached_property
+    def validation(self) -> mnist.Images:
+        """Those to stop or to choose by."""
+        return self._permuted(self._images.validation)
+
+    @cached_property
+    def judged(self) -> mnist.Images:
+        """Those to be judged on."""
+        if self._judged_on == "validation":
+            return self.validation
+        return self._permuted(self._images.test)
 
     def _permuted(self, images: mnist.Images) -> mnist.Images:
         return mnist.Images(images.pixels[:, self._order], images.digits)
