@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
-from ewc_fast import EWC, EWCOptimizer
+from ewc_fast import EWC, EWCOptimizer, fisher_diagonal
 
 from . import mnist
 from .jobs import run_all
@@ -120,12 +120,11 @@ class Learner:
     """A network that learns by a method, and what the method keeps of finished tasks."""
 
     def __init__(self, model: nn.Module, method: Method, seed: int) -> None:
-        self.model = model
-        self._optimizer: Optimizer = SGD(model.parameters(), lr=method.lr)
-        self._ewc: EWC | None = None
-        if method.importance is not None:
-            self._ewc = EWC(model, ewc_lambda=method.ewc_lambda, importance=method.importance)
-            self._optimizer = EWCOptimizer(self._optimizer, self._ewc, mode=method.mode)
+        self.model, self._importance = model, method.importance
+        self._ewc = EWC(model, ewc_lambda=method.ewc_lambda, importance=method.importance or "l2")
+        self._optimizer = EWCOptimizer(
+            SGD(model.parameters(), lr=method.lr), self._ewc, mode=method.mode
+        )
         self._order = torch.Generator().manual_seed(seed)
 
     def epoch(self, images: mnist.Images) -> None:
@@ -133,10 +132,14 @@ class Learner:
         train_epoch(self.model, self._optimizer, images, self._order)
 
     def finish(self, images: mnist.Images) -> None:
-        """Keep of a task what the method keeps."""
-        if self._ewc is not None:
+        """Keep of a task what the method keeps; no Fisher of a network that has diverged."""
+        if self._importance == "l2":
+            self._ewc.consolidate()
+        elif self._importance == "fisher":
             some = images[:FISHER_SAMPLES]
-            self._ewc.consolidate([(some.pixels, some.digits)])
+            fisher = fisher_diagonal(self.model, [(some.pixels, some.digits)])
+            if all(each.isfinite().all() for each in fisher.values()):
+                self._ewc.consolidate_from(fisher)
 
 
 @dataclass(frozen=True)
