@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .shared import mnist
 from .shared.experiment import Claim, Findings, Options
-from .shared.figures import GREY, INK, ORANGE, VERMILION, curve, panels
+from .shared.figures import GREY, INK, ORANGE, VERMILION, curve, legend, panels
 from .shared.jobs import run_all
 from .shared.permuted import Learner, Method, Protocol, Training, by_method
 from .shared.tables import mean_and_deviation, table
@@ -133,7 +133,7 @@ def figure(found: Found) -> Figure:
     panel.set_xlabel(f"lambda (SGD, learning rate {WITHOUT.lr:g}{spread})", color=INK)
     panel.set_ylabel("mean test accuracy on\nboth tasks, after both (%)", color=INK)
     panel.set_title("Permuted MNIST, two tasks: which lambda works", color=INK)
-    panel.legend(frameon=False, loc="center left")
+    legend(drawn, panel)
     return drawn
 
 

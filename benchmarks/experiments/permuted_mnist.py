@@ -140,7 +140,7 @@ def compare(
     methods: Sequence[Method], settings: Settings, options: Options, choice: Choice | None = None
 ) -> Findings:
     """Train every method on the same tasks, from the same weights, once for each seed."""
-    mnist.load(options.data)  # what can't be read should say so here
+    mnist.load(options.data)  # what can't be read should say so before processes start
     trainings = [
         Training(method, settings.protocol, seed, options.data)
         for method in methods

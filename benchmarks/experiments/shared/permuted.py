@@ -172,6 +172,7 @@ def choose(
     workers: int | None,
 ) -> Choice:
     """Score the candidates on validation images, over permutations that are not reported on."""
+    mnist.load(data)  # what can't be read should say so before processes start
     trainings = [
         Training(method, protocol, seed, data, judged_on="validation")
         for method in candidates
