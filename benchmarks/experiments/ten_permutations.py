@@ -6,7 +6,7 @@ was known to forget least without further memory (Goodfellow et al. 2014,
 https://arxiv.org/abs/1312.6211); it falls steadily, while EWC stays near what each task reaches
 alone, until the capacity of a network this small is used up.
 
-Protocol: as :mod:`.permuted_mnist`, with ten tasks. Dropout of 0.2 of the inputs and half of the
+Protocol: as :mod:`.permuted_mnist`, with ten tasks of 30 epochs. Dropout of 0.2 of the inputs and half of the
 hidden units; there a task ends when the validation error, as the mean over all tasks so far, has
 been above its lowest for more than 5 checks, one an epoch, and the network goes back to where it
 was lowest. That method sees old tasks' validation images, no other does. Rates and strengths are
@@ -35,7 +35,6 @@ from .shared.figures import (
     INK,
     ORANGE,
     PURPLE,
-    SKY,
     VERMILION,
     curve,
     legend,
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAIN = Method("SGD")
-SLOW = Method("SGD at its best rate")
 DROPOUT = Method("SGD + dropout", dropout=True)
 UNIFORM = Method("uniform L2", importance="l2")
 GRADIENT = Method("EWC", importance="fisher")
@@ -58,7 +56,6 @@ PROXIMAL = Method("proximal EWC", importance="fisher", mode="proximal")
 ALONE = Method("each task alone")
 COLOURS = {
     PLAIN.name: BLUE,
-    SLOW.name: SKY,
     DROPOUT.name: PURPLE,
     UNIFORM.name: GREEN,
     GRADIENT.name: VERMILION,
@@ -78,8 +75,7 @@ class Settings:
     protocol: Protocol
     seeds: int
     choosing_seeds: int
-    rates: tuple[float, ...]
-    dropout_rates: tuple[float, ...]
+    rates: tuple[float, ...]  # with dropout
     uniform: tuple[float, ...]
     gradient: tuple[float, ...]
     proximal: tuple[float, ...]
@@ -87,8 +83,7 @@ class Settings:
     def candidates(self) -> list[Method]:
         """Return a method for each value of its grid."""
         return [
-            *(replace(SLOW, lr=rate) for rate in self.rates),
-            *(replace(DROPOUT, lr=rate) for rate in self.dropout_rates),
+            *(replace(DROPOUT, lr=rate) for rate in self.rates),
             *(replace(UNIFORM, ewc_lambda=strength) for strength in self.uniform),
             *(replace(GRADIENT, ewc_lambda=strength) for strength in self.gradient),
             *(replace(PROXIMAL, ewc_lambda=strength) for strength in self.proximal),
@@ -96,11 +91,10 @@ class Settings:
 
 
 FULL = Settings(
-    Protocol(tasks=10, epochs=50),
+    Protocol(tasks=10, epochs=30),
     seeds=3,
     choosing_seeds=1,
-    rates=(0.02, 0.05, 0.1),
-    dropout_rates=(0.05, 0.1, 0.2),
+    rates=(0.05, 0.1, 0.2),
     uniform=(0.0003, 0.001, 0.003, 0.01),
     gradient=(3.0, 10.0, 30.0),
     proximal=(10.0, 30.0, 100.0),
@@ -110,8 +104,7 @@ QUICK = Settings(
     Protocol(tasks=4, epochs=6, train=1500, test=500),
     seeds=1,
     choosing_seeds=1,
-    rates=(0.05,),
-    dropout_rates=(0.2,),
+    rates=(0.2,),
     uniform=(0.001,),
     gradient=(10.0,),
     proximal=(10.0, 100.0),
@@ -244,7 +237,7 @@ def claims(found: Found) -> list[Claim]:
     """Return what the paper's figure shows, and the target for EWC."""
     final = {method.name: float(means(seeds)[:, -1].mean()) for method, seeds in found.items()}
     ewc = final[GRADIENT.name]
-    others = (PLAIN.name, SLOW.name, DROPOUT.name, UNIFORM.name)
+    others = (PLAIN.name, DROPOUT.name, UNIFORM.name)
     return [
         Claim(f"EWC {ewc:.1f} >= {TARGET:g} after all tasks", ewc >= TARGET),
         *(Claim(f"EWC {ewc:.1f} > {name} {final[name]:.1f}", ewc > final[name]) for name in others),
