@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_candidates_are_judged_on_validation_images_over_permutations_never_repo
         seen.append(training)
         return 0.0
 
-    permuted.choose(score, [PLAIN, SLOW], TINY, 2, None, 1)
+    permuted.choose(score, [PLAIN, SLOW], TINY, 2, Options(out=Path(), workers=1))
     assert {training.judged_on for training in seen} == {"validation"}
     assert [training.seed for training in seen] == [100, 101, 100, 101]
     assert max(permuted_mnist.FULL.seeds, permuted_mnist.DEMO_SEEDS) < permuted.CHOOSING

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 from .shared import mnist
 from .shared.experiment import Claim, Findings, Options
-from .shared.figures import GREY, INK, ORANGE, VERMILION, curve, legend, panels
-from .shared.jobs import run_all
-from .shared.permuted import Learner, Method, Protocol, Training, by_method
+from .shared.figures import GREY, INK, ORANGE, VERMILION, curve, legend, over_seeds, panels
+from .shared.permuted import Learner, Method, Protocol, Training, train
 from .shared.tables import mean_and_deviation, table
 from .shared.training import accuracy
 
@@ -58,13 +57,7 @@ def run(options: Options) -> Findings:
     """Train once for each mode, lambda and seed."""
     settings = QUICK if options.quick else FULL
     settings = replace(settings, seeds=options.seeds or settings.seeds)
-    trainings = [
-        Training(method, settings.protocol, seed)
-        for method in settings.methods()
-        for seed in range(settings.seeds)
-    ]
-    learned = run_all(learn, trainings, workers=options.workers, description="learning")
-    found = by_method(trainings, learned)
+    found = train(learn, settings.methods(), settings.protocol, settings.seeds, options)
     return Findings(
         settings=asdict(settings),
         results={"accuracy": [asdict(method) | {"seeds": each} for method, each in found.items()]},
@@ -128,9 +121,9 @@ def figure(found: Found) -> Figure:
     _level(panel, CHANCE, "chance")
     panel.set_xscale("log")
     panel.set_ylim(0, 100)
-    seeds = len(found[WITHOUT])
-    spread = f", mean of {seeds} seeds; bands: one standard deviation" if seeds > 1 else ""
-    panel.set_xlabel(f"lambda (SGD, learning rate {WITHOUT.lr:g}{spread})", color=INK)
+    panel.set_xlabel(
+        f"lambda, with SGD at {WITHOUT.lr:g}{over_seeds(len(found[WITHOUT]))}", color=INK
+    )
     panel.set_ylabel("mean test accuracy on\nboth tasks, after both (%)", color=INK)
     panel.set_title("Permuted MNIST, two tasks: which lambda works", color=INK)
     legend(drawn, panel)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .shared import mnist
 from .shared.experiment import Claim, Findings, Options
 from .shared.figures import (
     BLUE,
@@ -37,11 +36,11 @@ from .shared.figures import (
     VERMILION,
     curve,
     legend,
+    over_seeds,
     panels,
     phases,
 )
-from .shared.jobs import run_all
-from .shared.permuted import Choice, Learner, Method, Protocol, Training, by_method, choose
+from .shared.permuted import Choice, Learner, Method, Protocol, Training, choose, train
 from .shared.tables import mean_and_deviation, table
 from .shared.training import accuracy
 
@@ -111,14 +110,8 @@ QUICK_GRIDS = Grids((0.02,), (0.002, 0.02), (10.0, 30.0), (30.0, 100.0), seeds=1
 def run(options: Options) -> Findings:
     """Choose strengths on other permutations, then compare all methods."""
     settings, grids = settings_for(options), QUICK_GRIDS if options.quick else FULL_GRIDS
-    choice = choose(
-        final_mean,
-        grids.candidates(),
-        settings.protocol,
-        grids.seeds,
-        options.data,
-        options.workers,
-    )
+    candidates = grids.candidates()
+    choice = choose(final_mean, candidates, settings.protocol, grids.seeds, options)
     return compare([PLAIN, *choice.best()], settings, options, choice)
 
 
@@ -140,14 +133,8 @@ def compare(
     methods: Sequence[Method], settings: Settings, options: Options, choice: Choice | None = None
 ) -> Findings:
     """Train every method on the same tasks, from the same weights, once for each seed."""
-    mnist.load(options.data)  # what can't be read should say so before processes start
-    trainings = [
-        Training(method, settings.protocol, seed, options.data)
-        for method in methods
-        for seed in range(settings.seeds)
-    ]
-    learned = run_all(learn, trainings, workers=options.workers, description="learning")
-    found = {m: np.array(curves) for m, curves in by_method(trainings, learned).items()}
+    learned = train(learn, methods, settings.protocol, settings.seeds, options)
+    found = {method: np.array(curves) for method, curves in learned.items()}
     accuracies = {method.label: record(each) for method, each in found.items()}
     return Findings(
         settings=asdict(settings) | {"data": str(options.data or "5,000 images")},
@@ -245,8 +232,7 @@ def figure(found: Found) -> Figure:
         panel.set_ylim(_lowest_shown(found), 100)
         panel.set_ylabel(f"test accuracy\non task {TASKS[task]} (%)", color=INK)
     seeds = len(next(iter(found.values())))
-    spread = f" (mean of {seeds} seeds; bands: one standard deviation)" if seeds > 1 else ""
-    grid[-1, 0].set_xlabel(f"epochs of training{spread}", color=INK)
+    grid[-1, 0].set_xlabel(f"epochs of training{over_seeds(seeds)}", color=INK)
     drawn.suptitle("Permuted MNIST: what a network still knows of earlier tasks", color=INK)
     legend(drawn, grid[0, 0], columns=3)
     return drawn

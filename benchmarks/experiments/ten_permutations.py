@@ -38,10 +38,10 @@ from .shared.figures import (
     VERMILION,
     curve,
     legend,
+    over_seeds,
     panels,
 )
-from .shared.jobs import run_all
-from .shared.permuted import Learner, Method, Protocol, Task, Training, by_method, choose
+from .shared.permuted import Learner, Method, Protocol, Task, Training, choose, train
 from .shared.tables import mean_and_deviation, table
 from .shared.training import accuracy
 
@@ -115,17 +115,9 @@ def run(options: Options) -> Findings:
     """Choose rates and strengths on other permutations, then compare all methods."""
     settings = QUICK if options.quick else FULL if options.data is None else WHOLE_MNIST
     settings = replace(settings, seeds=options.seeds or settings.seeds)
-    protocol, workers = settings.protocol, options.workers
-    choice = choose(
-        final_mean, settings.candidates(), protocol, settings.choosing_seeds, options.data, workers
-    )
-    trainings = [
-        Training(method, protocol, seed, options.data)
-        for method in (PLAIN, *choice.best(), ALONE)
-        for seed in range(settings.seeds)
-    ]
-    learned = run_all(learn, trainings, workers=workers, description="learning")
-    found = by_method(trainings, learned)
+    protocol, candidates = settings.protocol, settings.candidates()
+    choice = choose(final_mean, candidates, protocol, settings.choosing_seeds, options)
+    found = train(learn, (PLAIN, *choice.best(), ALONE), protocol, settings.seeds, options)
     return Findings(
         settings=asdict(settings) | {"data": str(options.data or "5,000 images")},
         results={
@@ -259,8 +251,7 @@ def figure(found: Found) -> Figure:
     panel.set_ylim(0, 100)
     panel.set_ylabel("test accuracy, mean over the tasks seen (%)", color=INK)
     count = len(next(iter(found.values())))
-    spread = f" (mean of {count} seeds; bands: one standard deviation)" if count > 1 else ""
-    panel.set_xlabel(f"number of tasks learned in turn{spread}", color=INK)
+    panel.set_xlabel(f"number of tasks learned in turn{over_seeds(count)}", color=INK)
     panel.set_title("Permuted MNIST: ten tasks, one network", color=INK)
     legend(drawn, panel, columns=3)
     return drawn

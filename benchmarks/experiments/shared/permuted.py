@@ -22,7 +22,8 @@ from torch.optim import SGD
 from ewc_fast import EWC, EWCOptimizer, fisher_diagonal
 
 from . import mnist
-from .jobs import run_all
+from .experiment import Options
+from .jobs import Result, run_all
 from .training import perceptron, train_epoch
 
 Part = Literal["validation", "test"]
@@ -168,23 +169,42 @@ def choose(
     candidates: Iterable[Method],
     protocol: Protocol,
     seeds: int,
-    data: Path | None,
-    workers: int | None,
+    options: Options,
 ) -> Choice:
     """Score the candidates on validation images, over permutations that are not reported on."""
-    mnist.load(data)  # what can't be read should say so before processes start
     trainings = [
-        Training(method, protocol, seed, data, judged_on="validation")
+        Training(method, protocol, seed, options.data, judged_on="validation")
         for method in candidates
         for seed in range(CHOOSING, CHOOSING + seeds)
     ]
-    scores = run_all(score, trainings, workers=workers, description="choosing")
-    return Choice(by_method(trainings, scores))
+    return Choice(_by_method(score, trainings, options, "choosing"))
 
 
-def by_method(trainings: Sequence[Training], results: Sequence[Any]) -> dict[Method, list[Any]]:
-    """Return each method's results, in the order of its seeds."""
-    found: dict[Method, list[Any]] = {}
-    for training, result in zip(trainings, results, strict=True):
+def train(
+    learn: Callable[[Training], Result],
+    methods: Iterable[Method],
+    protocol: Protocol,
+    seeds: int,
+    options: Options,
+) -> dict[Method, list[Result]]:
+    """Return what ``learn`` returns for each method and seed; a seed's tasks are all methods'."""
+    trainings = [
+        Training(method, protocol, seed, options.data)
+        for method in methods
+        for seed in range(seeds)
+    ]
+    return _by_method(learn, trainings, options, "learning")
+
+
+def _by_method(
+    learn: Callable[[Training], Result],
+    trainings: Sequence[Training],
+    options: Options,
+    description: str,
+) -> dict[Method, list[Result]]:
+    mnist.load(options.data)  # what can't be read should say so before processes start
+    learned = run_all(learn, trainings, workers=options.workers, description=description)
+    found: dict[Method, list[Result]] = {}
+    for training, result in zip(trainings, learned, strict=True):
         found.setdefault(training.method, []).append(result)
     return found
