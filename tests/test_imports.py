@@ -66,10 +66,9 @@ MAY_IMPORT = {
     "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "environment": {"__init__", "_native"},
-    "demo": {"__init__", "experiments"},
     "experiments": {"__init__", "environment"},
     "integrations": {"__init__"},
-    "cli": {"__init__", "demo", "environment", "experiments", "_native", "_triton"},
+    "cli": {"__init__", "environment", "experiments", "_native", "_triton"},
     "__main__": {"cli"},
 }
 
