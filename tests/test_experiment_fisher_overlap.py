@@ -15,8 +15,13 @@ from ewc_fast.experiments import fisher_overlap as experiment
 from ewc_fast.experiments.fisher_overlap import Job, central_permutation, measure
 
 TINY = replace(
-    *(experiment.QUICK,),
-    **dict(hidden=2, width=10, epochs=1, fisher_samples=50, train=300, lambdas=(1.0, 10.0)),
+    experiment.QUICK,
+    hidden=2,
+    width=10,
+    epochs=1,
+    fisher_samples=50,
+    train=300,
+    lambdas=(1.0, 10.0),
 )
 
 

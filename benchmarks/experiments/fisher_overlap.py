@@ -204,7 +204,7 @@ def _by_layer(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list
 
 
 def _images(settings: Settings) -> Mnist:
-    return mnist.five_thousand().at_most(train=settings.train, test=1000)
+    return mnist.load(None).at_most(train=settings.train, test=1000)
 
 
 def central_permutation(size: int, seed: int) -> Tensor:

@@ -181,7 +181,7 @@ class Network:
     """A trained network, its Fisher diagonal as one vector, and its noise."""
 
     def __init__(self, start: Start) -> None:
-        self.images = mnist.five_thousand()
+        self.images = mnist.load(None)
         self._settings = settings = start.settings
         self._draw = torch.Generator().manual_seed(start.seed)
         train = self.images.train
