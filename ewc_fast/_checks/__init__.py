@@ -26,6 +26,7 @@ from ewc_fast._checks.operands import (
     operands,
     state_dtype,
 )
+from ewc_fast._checks.overlap import some_information, two_fishers
 from ewc_fast._checks.parameters import (
     ENCODED_BLOCK,
     STATE_FIELDS,
@@ -67,9 +68,11 @@ __all__ = [
     "operands",
     "positive_integer",
     "seed",
+    "some_information",
     "squared_convolution",
     "squared_product",
     "state_dtype",
     "state_importance",
     "trainable_parameters",
+    "two_fishers",
 ]
