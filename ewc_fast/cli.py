@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _DEMO_NEEDS = {"matplotlib", "mlxtend", "tqdm"}
-_EXPERIMENTS_NEED = {*_DEMO_NEEDS, "minatar", "peft", "scipy", "seaborn", "transformers"}
+_EXPERIMENTS_NEED = {*_DEMO_NEEDS, "ale_py", "minatar", "peft", "scipy", "seaborn", "transformers"}
 _OF_THE_PARSER = {"command", "name"}
 _FAILED, _UNUSABLE = 1, 2  # exit codes; 2 is argparse's own for bad usage
 
@@ -125,7 +125,8 @@ def _experiment(arguments: argparse.Namespace) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _EXPERIMENTS_NEED:
             raise
-        return _unusable(f"{package} is missing: pip install 'ewc-fast[experiments]'", "experiment")
+        extra = "ale" if package == "ale_py" else "experiments"
+        return _unusable(f"{package} is missing: pip install 'ewc-fast[{extra}]'", "experiment")
     except OSError as error:
         return _unusable(str(error), "experiment")
     return 0 if held else _FAILED

@@ -106,7 +106,8 @@ class ForgetMeNot:
 
     def _shares(self, frames: NDArray[np.int64]) -> Values:
         """Return how often each value is in each pixel, from 0 to 1."""
-        return (frames[:, :, None] == np.arange(self._kept.shape[-1])).mean(axis=0)
+        hot: Values = (frames[:, :, None] == np.arange(self._kept.shape[-1])).astype(np.float64)
+        return hot.sum(axis=0) / len(frames)
 
     def _scores(self, counts: Values, share: Values) -> Values:
         """Return log p(o | c) for models of these counts."""

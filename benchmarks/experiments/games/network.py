@@ -54,11 +54,11 @@ class QNetwork(nn.Module):
 
 
 def _layers(suite: Suite) -> tuple[Sequence[nn.Conv2d], nn.Linear]:
-    """Return the layers below the values: MinAtar's of Young and Tian 2019, or the paper's."""
+    """Return the layers below the values: half of Young and Tian's for MinAtar, or the paper's."""
     channels = suite.frame[0]
     if suite.name == "minatar":
         small = [nn.Conv2d(channels, 16, 3, bias=False)]
-        return small, nn.Linear(16 * 8 * 8, 128, bias=False)
+        return small, nn.Linear(16 * 8 * 8, 64, bias=False)
     large = [
         nn.Conv2d(channels, 32, 8, stride=4, bias=False),
         nn.Conv2d(32, 64, 4, stride=2, bias=False),

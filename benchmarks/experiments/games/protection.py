@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc_fast import EWC, fisher_diagonal
 
@@ -43,7 +43,7 @@ class Protection:
     def memorise(self, task: int, minibatches: Sequence[Transitions]) -> None:
         """Measure what the task needs of the network as it is now."""
 
-        def values(network: QNetwork, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        def values(network: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
             states, actions = inputs
             return of_action(network(states, task), actions)
 

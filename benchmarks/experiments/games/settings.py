@@ -26,7 +26,7 @@ class Settings:
     visits: int  # times that it is a game's turn
     seeds: int = 3
     strengths: tuple[float, ...] = (10.0, 100.0, 1000.0)  # lambda: tried on a seed of their own
-    search_block: int = 20_000
+    search_block: int = 15_000
     tasks: int = 6  # biases and gains that there are
     # the agent
     copies: int = 8
@@ -47,9 +47,9 @@ class Settings:
     prior: float = 0.5
     dwell: int = 32  # observations of another task before it is believed
     # evaluation: the mean return of each copy's first episode
-    evaluations: int = 5  # in a block
+    evaluations: int = 4  # in a block
     evaluation_copies: int = 16
-    evaluation_steps: int = 500
+    evaluation_steps: int = 300
 
     @property
     def sequence(self) -> tuple[str, ...]:
@@ -68,10 +68,10 @@ class Settings:
 
     def of_search(self) -> Settings:
         """Return those of the short runs that lambda is chosen by."""
-        return replace(self, block=self.search_block, visits=1, evaluations=2)
+        return replace(self, block=self.search_block, visits=1, evaluations=3)
 
 
-FULL = Settings(MINATAR, games=("breakout", "space_invaders", "freeway"), block=30_000, visits=2)
+FULL = Settings(MINATAR, games=("freeway", "breakout", "space_invaders"), block=24_000, visits=2)
 QUICK = replace(
     FULL,
     block=2_400,
