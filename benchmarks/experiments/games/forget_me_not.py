@@ -106,9 +106,9 @@ class ForgetMeNot:
 
     def _shares(self, frames: NDArray[np.int64]) -> Values:
         """Return how often each value is in each pixel, from 0 to 1."""
-        hot: Values = (frames[:, :, None] == np.arange(self._kept.shape[-1])).astype(np.float64)
-        return hot.sum(axis=0) / len(frames)
+        hot = frames[:, :, None] == np.arange(self._kept.shape[-1])
+        return hot.mean(axis=0)
 
     def _scores(self, counts: Values, share: Values) -> Values:
         """Return log p(o | c) for models of these counts."""
-        return np.tensordot(log_predictive(counts, self._prior), share, axes=2)
+        return np.einsum("kpv,pv->k", log_predictive(counts, self._prior), share)
