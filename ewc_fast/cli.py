@@ -15,6 +15,7 @@ import ewc_fast.experiments as experiments
 _NEEDED_BY_EXTRA = {
     "demo": {"matplotlib", "mlxtend", "tqdm"},
     "experiments": {"minatar", "peft", "scipy", "seaborn", "transformers"},
+    "ale": {"ale_py"},
 }
 _FAILED, _UNUSABLE = 1, 2  # exit codes; 2 is argparse's own for bad usage
 _EXIT_CODES = "Exit code 0 if what it claims held, 1 if not, 2 if it could not run."
