@@ -32,7 +32,7 @@ class Problem:
     def draw(self, seed: int) -> list[Mnist]:
         """Return the tasks; labels are those within the task, from 0."""
         if self.name == "split":
-            return split(five_thousand(), self.classes, seed)
+            return split(five_thousand(), self.classes, seed)[: self.tasks]
         return permuted(five_thousand(), self.tasks, seed)
 
 
