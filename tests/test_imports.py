@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "environment": {"__init__", "_native"},
-"experiments": {"__init__", "environment", "fisher", "optim"},
+    "experiments": {"__init__", "environment", "fisher", "optim"},
     "integrations": {"__init__"},
     "cli": {"__init__", "environment", "experiments", "_native", "_triton"},
     "__main__": {"cli"},
