@@ -57,6 +57,24 @@ void keep_by_chance(void* data, std::int64_t begin, std::int64_t n, const C* __r
   }
 }
 
+// The parameters as they are kept, copied: a step overwrites them.
+template <class C>
+void copy_kept(const StepChunk& chunk, std::int64_t begin, std::int64_t n, C* __restrict buffer) {
+  const C* kept = staged<C>(chunk.data[kStepParam], chunk.param, begin, n, buffer);
+  if (kept == buffer) return;
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = kept[i];
+}
+
+// Adds to the path integral what a step has done to the parameters.
+template <class C>
+void follow(const StepChunk& chunk, std::int64_t begin, std::int64_t n, const C* __restrict grad,
+            const C* __restrict before) {
+  alignas(64) Buffer<C> buffer;
+  const C* __restrict after = staged<C>(chunk.data[kStepParam], chunk.param, begin, n, buffer);
+  C* __restrict path = static_cast<C*>(chunk.data[kStepPath]) + begin;
+  for (std::int64_t i = 0; i < n; ++i) path[i] = path[i] + path_term(grad[i], before[i], after[i]);
+}
+
 enum class Springs { none, gradient, proximal };
 
 // One block's operands as C.
@@ -107,7 +125,7 @@ void walk(const Block<C> block, Update update, RunningSum<C>& terms) {
 template <class C, Springs springs, class UpdateOf>
 double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_decay,
                    UpdateOf update_of) {
-  alignas(64) Buffer<C> theta, grad, fisher, first, second, largest;
+  alignas(64) Buffer<C> theta, grad, fisher, first, second, largest, before;
   const DType state = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
   const auto& data = chunk.data;
   RunningSum<C> terms;
@@ -129,11 +147,13 @@ double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_
                          weight_decay,
                          static_cast<C>(options.ewc_lambda),
                          static_cast<C>(options.lr * options.ewc_lambda)};
+    if (data[kStepPath] != nullptr) copy_kept(chunk, begin, n, before);
     walk<C, springs>(block, update_of(block), terms);
     if (options.by_chance && chunk.param == DType::bfloat16)
       keep_by_chance(data[kStepParam], begin, n, block.theta, chunk.rounding);
     else
       keep(data[kStepParam], chunk.param, begin, n, block.theta);
+    if (data[kStepPath] != nullptr) follow(chunk, begin, n, block.grad, before);
     const auto keep_moment = [&](StepOperand operand, const C* values) {
       if (values != nullptr) keep(data[operand], chunk.moments, begin, n, values);
     };
