@@ -127,7 +127,8 @@ class ActivePath:
 
     A float32 parameter's step moves 44 bytes: copies of parameter and gradient (16), the way since
     the copy (12), its product with the gradient added to omega (16): on one CPU thread at a copy's
-    speed. Fused into the penalty's pass and one after the step it would be 36.
+    speed. Fused into the penalty's pass and one after the step it would be 36. The optimizers of
+    :mod:`ewc_fast.optim` add the path in their own pass, for 8.
     Memory is 16 bytes a parameter, 8 of them (the copies) kept only for speed, not in the state.
     """
 
