@@ -9,6 +9,7 @@
 //   adam      m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2                 Kingma & Ba 2015
 //             theta <- theta - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
 //   sgd       b' = mu b + (1 - d) g,  theta <- theta - eta b'
+//   path      omega += -g (theta' - theta)                         Zenke et al. 2017, eq. 3
 #pragma once
 
 #include <cstdint>
@@ -137,6 +138,14 @@ EWC_FAST_FORMULA T sgd_buffer(const SgdStep<T>& step, T buffer, T grad) {
 template <class T>
 EWC_FAST_FORMULA T sgd_param(const SgdStep<T>& step, T param, T grad, T buffer) {
   return param - step.lr * (step.nesterov ? grad + step.momentum * buffer : buffer);
+}
+
+// What a step adds to the path integral of synaptic intelligence: the fall of the loss that this
+// parameter's way explains. `grad` is the loss's own, whatever sign, decay or springs made of it;
+// before and after are the parameters as they are kept, rounded.
+template <class T>
+EWC_FAST_FORMULA T path_term(T grad, T before, T after) {
+  return grad * (before - after);
 }
 
 // The seed with the upper half of an element's number in it: constant in a loop over 2^32 elements.

@@ -13,7 +13,7 @@ constexpr int item_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-constexpr int kMaxOperands = 9;
+constexpr int kMaxOperands = 10;
 
 // The i-th tensor of every list. All have the same shape and the same dense strides, so that one
 // running index addresses the same element in each.

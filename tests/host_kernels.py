@@ -20,8 +20,8 @@ class HostRow(ctypes.Structure):
     """A row as tests/cuda_on_host/rows.h reads it."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p * 9),
-        ("step", ctypes.c_int64 * 9),
+        ("data", ctypes.c_void_p * 10),
+        ("step", ctypes.c_int64 * 10),
         ("numel", ctypes.c_int64),
         ("samples", ctypes.c_int64),
         ("sample_stride", ctypes.c_int64),

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ewc_fast import functional
 from ewc_fast.ewc import EWC
+from ewc_fast.importance import ActivePath
 from ewc_fast.optim.arguments import check_ewc, check_mode
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -29,6 +30,7 @@ class Batch:
     grads: list[Tensor] = field(default_factory=list)
     fisher: list[Tensor] = field(default_factory=list)
     anchor: list[Tensor] = field(default_factory=list)
+    path: list[Tensor] = field(default_factory=list)
 
 
 class FusedOptimizer(Optimizer, ABC):
@@ -69,17 +71,13 @@ class FusedOptimizer(Optimizer, ABC):
         self._step_supports_amp_scaling = False
         if ewc is not None:
             check_ewc(ewc, self.param_groups)
-            if ewc.importance == "si":
-                raise ValueError(
-                    "ewc: importance='si' needs the path of each step, which a fused step does not "
-                    "keep; use ewc_fast.EWCOptimizer around PyTorch's optimizer"
-                )
         self.ewc = ewc
 
     def _forget(self) -> None:
         self._plans: dict[tuple[Any, ...], functional.Plan] = {}
         self._springs: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._springs_of: tuple[int, int] | None = None
+        self._path: ActivePath | None = None
         self.last_penalty: Tensor | None = None
 
     # The step
@@ -96,7 +94,8 @@ class FusedOptimizer(Optimizer, ABC):
                 loss = closure()
         self._check_gradients()
         self._find_springs()
-        batches = [self._batches(group) for group in self.param_groups]
+        omegas = self._omegas()
+        batches = [self._batches(group, omegas) for group in self.param_groups]
         values = []
         for index, group in enumerate(self.param_groups):
             resting, moving = batches[index]
@@ -129,9 +128,19 @@ class FusedOptimizer(Optimizer, ABC):
             rows = zip(*self.ewc.springs_of(params).operands, strict=True)
             self._springs = {param: (fisher, anchor) for param, fisher, anchor in rows}
             self._springs_of = now
+            self._path = self.ewc.path_of(params)
             self._plans.clear()
 
-    def _batches(self, group: dict[str, Any]) -> tuple[list[Tensor], dict[tuple[Any, ...], Batch]]:
+    def _omegas(self) -> dict[Tensor, Tensor]:
+        """Return the path integrals that this step adds to: with a gradient there is a way."""
+        if self._path is None:
+            return {}
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return self._path.omegas(param for param in params if param.grad is not None)
+
+    def _batches(
+        self, group: dict[str, Any], omegas: dict[Tensor, Tensor]
+    ) -> tuple[list[Tensor], dict[tuple[Any, ...], Batch]]:
         """Return the parameters that only settle, and the others by what they have.
 
         As in PyTorch, a parameter without a gradient is left alone, unless a spring is at it.
@@ -150,7 +159,8 @@ class FusedOptimizer(Optimizer, ABC):
         batches: dict[tuple[Any, ...], Batch] = {}
         for param, spring in chosen:
             begins = self._begin(param, group)
-            key = (spring is not None, self._has_master(param), begins)
+            omega = omegas.get(param)
+            key = (spring is not None, self._has_master(param), begins, omega is not None)
             batch = batches.setdefault(key, Batch(begins))
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
@@ -159,6 +169,8 @@ class FusedOptimizer(Optimizer, ABC):
             if spring is not None:
                 batch.fisher.append(spring[0])
                 batch.anchor.append(spring[1])
+            if omega is not None:
+                batch.path.append(omega)
         return resting, batches
 
     def _check_gradients(self) -> None:
@@ -195,6 +207,8 @@ class FusedOptimizer(Optimizer, ABC):
             assert self.ewc is not None
             options |= {"fisher": batch.fisher, "anchor": batch.anchor, "mode": self.mode}
             options["ewc_lambda"] = self.ewc.ewc_lambda
+        if batch.path:
+            options["path"] = batch.path
         if self._has_master(batch.params[0]):
             options["master"] = [self.state[param]["master"] for param in batch.params]
         if self.stochastic_rounding and any(p.dtype == torch.bfloat16 for p in batch.params):
