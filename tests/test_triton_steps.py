@@ -40,8 +40,8 @@ def on(device: str, lists: Lists) -> Lists:
 
 
 def take(step: Step, lists: Lists, plan: Plan | None = None, lr=None) -> torch.Tensor:
-    run = _steps.adam_step_ if step.adam else _steps.sgd_step_
-    return run(lists, step.options, "triton", plan, lr)
+    run = _steps.adam_step if step.adam else _steps.sgd_step
+    return run(lists, step.options, "triton", plan, lr)()
 
 
 def check(step: Step, lists: Lists, plan: Plan | None = None) -> None:

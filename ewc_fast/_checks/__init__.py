@@ -8,10 +8,13 @@ from ewc_fast._checks.arguments import (
     finite,
     gamma,
     impl,
+    in_graph,
+    learning_rate,
     non_negative,
     one_of,
     positive_integer,
     seed,
+    strength,
 )
 from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
@@ -57,7 +60,9 @@ __all__ = [
     "gamma",
     "grown_shape",
     "impl",
+    "in_graph",
     "kind",
+    "learning_rate",
     "like_parameters",
     "low_rank_delta",
     "mean_of_squares",
@@ -73,6 +78,7 @@ __all__ = [
     "squared_product",
     "state_dtype",
     "state_importance",
+    "strength",
     "trainable_parameters",
     "two_fishers",
 ]

@@ -134,6 +134,7 @@ class ActivePath:
 
     def __init__(self, paths: PathIntegral, params: Iterable[tuple[str, Tensor]]) -> None:
         self._paths, self._params = paths, list(params)
+        self._names = {param: name for name, param in self._params}
         self._moving: list[tuple[str, Tensor]] = []  # those on their way
         self._places: dict[str, Tensor] = {}  # copies, used again each step
         self._gradients: dict[str, Tensor] = {}
@@ -162,14 +163,13 @@ class ActivePath:
             torch._foreach_addcmul_(omegas, back, _of(self._gradients, self._moving))
         self._moving = []
 
-    def omegas(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return what a step of these must add to, for steps that have the path inside.
+    def omega(self, param: Tensor) -> Tensor | None:
+        """Return what a step that has the path inside must add to; None if this is not of the set.
 
-        Paths begin where they are missing; parameters that are not of this set are left out.
+        A path that is missing begins where the parameter is.
         """
-        wanted = set(params)
-        moving = [(name, param) for name, param in self._params if param in wanted]
-        return {param: self._begun(name, param).omega for name, param in moving}
+        name = self._names.get(param)
+        return None if name is None else self._begun(name, param).omega
 
     def _begun(self, name: str, param: Tensor) -> Path:
         if name not in self._paths.paths:
