@@ -17,6 +17,7 @@ from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
+    ENCODED_BLOCK,
     Operand,
     Operation,
     TensorList,
@@ -27,7 +28,6 @@ from ewc_fast._checks.operands import (
     state_dtype,
 )
 from ewc_fast._checks.parameters import (
-    ENCODED_BLOCK,
     STATE_FIELDS,
     STORAGES,
     ewc_state,
