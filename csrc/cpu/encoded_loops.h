@@ -1,6 +1,8 @@
-// The loops that only read the Fisher, with one of 8 bits. A stretch of it is decoded into the
+// The loops that only read the Fisher, with one of 8 bits. A block of it is decoded into the
 // first-level cache, and the float32 loop works on that: so all is bit by bit what a float32 Fisher
-// of these values gives. Internal linkage (see loops.h).
+// of these values gives. A block is short enough for the processor to load what comes next
+// meanwhile; decoded where they are used, the values would keep compilers from vectorising the
+// sums. Internal linkage (see loops.h).
 #pragma once
 
 #include "loops.h"
@@ -8,70 +10,71 @@
 namespace ewc_fast::cpu {
 namespace {
 
-// Stretches are as long as those between which sums move to double: these add up in one order.
-static_assert(kFlush % kEncodedBlock == 0, "a stretch begins where a block does");
+// The block that begins at `first`.
+struct DecodedBlock {
+  float values[kEncodedBlock];
 
-// Decodes n <= kFlush elements.
-inline __attribute__((always_inline)) void decode_stretch(EncodedFisher fisher, std::int64_t n,
-                                                          float* __restrict decoded) {
-  const e5m3* __restrict codes = fisher.codes;
-  for (std::int64_t begin = 0; begin < n; begin += kEncodedBlock) {
-    const std::int64_t end = begin + kEncodedBlock < n ? begin + kEncodedBlock : n;
-    const float scale = fisher.scales[begin / kEncodedBlock];
-    for (std::int64_t i = begin; i < end; ++i) decoded[i] = decode(codes[i], scale);
+  __attribute__((always_inline)) DecodedBlock(EncodedFisher fisher, std::int64_t first,
+                                              std::int64_t length) {
+    const e5m3* __restrict codes = fisher.codes + first;
+    const float scale = fisher.scales[first / kEncodedBlock];
+    for (std::int64_t i = 0; i < length; ++i) values[i] = decode(codes[i], scale);
   }
-}
+};
 
-// Calls work(first element, how many, their Fisher) for every stretch.
+// Calls work(first element, how many, their Fisher) for every block.
 template <class Work>
-inline __attribute__((always_inline)) void in_stretches(EncodedFisher fisher, std::int64_t n,
-                                                        Work work) {
-  float decoded[kFlush];
-  for (std::int64_t begin = 0; begin < n; begin += kFlush) {
-    const std::int64_t length = n - begin < kFlush ? n - begin : kFlush;
-    decode_stretch({fisher.codes + begin, fisher.scales + begin / kEncodedBlock}, length, decoded);
-    work(begin, length, decoded);
+inline __attribute__((always_inline)) void for_each_block(EncodedFisher fisher, std::int64_t n,
+                                                          Work work) {
+  for (std::int64_t first = 0; first < n; first += kEncodedBlock) {
+    const std::int64_t length = n - first < kEncodedBlock ? n - first : kEncodedBlock;
+    const DecodedBlock block(fisher, first, length);
+    work(first, length, block.values);
   }
 }
 
 template <class T>
-double add_penalty_grad_encoded(void* grad, const void* param, EncodedFisher fisher,
-                                const void* anchor, std::int64_t n, double ewc_lambda) {
-  double total = 0;
-  in_stretches(fisher, n, [&](std::int64_t begin, std::int64_t length, const float* decoded) {
-    total = add_penalty_grad_after<T, float>(
-        total, static_cast<T*>(grad) + begin, static_cast<const T*>(param) + begin, decoded,
-        static_cast<const float*>(anchor) + begin, length, ewc_lambda);
+double add_penalty_grad_encoded(void* grad_, const void* param_, EncodedFisher fisher,
+                                const void* anchor_, std::int64_t n, double ewc_lambda) {
+  T* grad = static_cast<T*>(grad_);
+  const T* param = static_cast<const T*>(param_);
+  const float* anchor = static_cast<const float*>(anchor_);
+  return sum_runs<float, kEncodedBlock>(n, [=](Lanes<float>& lanes, std::int64_t first,
+                                               std::int64_t length) __attribute__((always_inline)) {
+    const DecodedBlock block(fisher, first, length);
+    add_penalty_grad_run<T, float>(lanes, grad + first, param + first, block.values, anchor + first,
+                                   length, static_cast<float>(ewc_lambda));
   });
-  return total;
 }
 
 template <class T>
-double penalty_encoded(const void* param, EncodedFisher fisher, const void* anchor, std::int64_t n,
-                       double ewc_lambda) {
-  double total = 0;
-  in_stretches(fisher, n, [&](std::int64_t begin, std::int64_t length, const float* decoded) {
-    total = penalty_after<T, float>(total, static_cast<const T*>(param) + begin, decoded,
-                                    static_cast<const float*>(anchor) + begin, length, ewc_lambda);
+double penalty_encoded(const void* param_, EncodedFisher fisher, const void* anchor_,
+                       std::int64_t n, double ewc_lambda) {
+  const T* param = static_cast<const T*>(param_);
+  const float* anchor = static_cast<const float*>(anchor_);
+  return sum_runs<float, kEncodedBlock>(n, [=](Lanes<float>& lanes, std::int64_t first,
+                                               std::int64_t length) __attribute__((always_inline)) {
+    const DecodedBlock block(fisher, first, length);
+    penalty_run<T, float>(lanes, param + first, block.values, anchor + first, length,
+                          static_cast<float>(ewc_lambda));
   });
-  return total;
 }
 
 template <class T>
 void penalty_grad_encoded(void* out, const void* param, EncodedFisher fisher, const void* anchor,
                           std::int64_t n, double ewc_lambda) {
-  in_stretches(fisher, n, [&](std::int64_t begin, std::int64_t length, const float* decoded) {
-    penalty_grad<T, float>(static_cast<T*>(out) + begin, static_cast<const T*>(param) + begin,
-                           decoded, static_cast<const float*>(anchor) + begin, length, ewc_lambda);
+  for_each_block(fisher, n, [=](std::int64_t first, std::int64_t length, const float* values) {
+    penalty_grad<T, float>(static_cast<T*>(out) + first, static_cast<const T*>(param) + first,
+                           values, static_cast<const float*>(anchor) + first, length, ewc_lambda);
   });
 }
 
 template <class T>
 void proximal_step_encoded(void* param, EncodedFisher fisher, const void* anchor, std::int64_t n,
                            double eta_lambda) {
-  in_stretches(fisher, n, [&](std::int64_t begin, std::int64_t length, const float* decoded) {
-    proximal_step<T, float>(static_cast<T*>(param) + begin, decoded,
-                            static_cast<const float*>(anchor) + begin, length, eta_lambda);
+  for_each_block(fisher, n, [=](std::int64_t first, std::int64_t length, const float* values) {
+    proximal_step<T, float>(static_cast<T*>(param) + first, values,
+                            static_cast<const float*>(anchor) + first, length, eta_lambda);
   });
 }
 

@@ -40,18 +40,12 @@ EWC_FAST_FORMULA void keep(bfloat16& fisher, V value, Rounding rounding) {
   store_stochastically(fisher, static_cast<float>(value), random);
 }
 
-// T: of the parameters; F: of the Fisher. `before` is the sum over the elements before these.
-template <class T, class F>
-double add_penalty_grad_after(double before, void* grad_, const void* param_, const void* fisher_,
-                              const void* anchor_, std::int64_t n, double ewc_lambda_) {
-  using C = typename Types<T>::compute;
-  using S = typename Types<T>::state;
-  T* __restrict grad = static_cast<T*>(grad_);
-  const T* __restrict param = static_cast<const T*>(param_);
-  const F* __restrict fisher = static_cast<const F*>(fisher_);
-  const S* __restrict anchor = static_cast<const S*>(anchor_);
-  const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_terms<C>(before, n, [=](std::int64_t i) __attribute__((always_inline)) {
+// T: of the parameters; F: of the Fisher.
+template <class T, class F, class C = typename Types<T>::compute>
+inline __attribute__((always_inline)) void add_penalty_grad_run(
+    Lanes<C>& lanes, T* __restrict grad, const T* __restrict param, const F* __restrict fisher,
+    const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
+  add_terms<C>(lanes, n, [=](std::int64_t i) __attribute__((always_inline)) {
     const C distance = load(param[i]) - anchor[i];
     const C pull = penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance);
     store(grad[i], load(grad[i]) + pull);
@@ -59,29 +53,42 @@ double add_penalty_grad_after(double before, void* grad_, const void* param_, co
   });
 }
 template <class T, class F>
-double add_penalty_grad(void* grad, const void* param, const void* fisher, const void* anchor,
-                        std::int64_t n, double ewc_lambda) {
-  return add_penalty_grad_after<T, F>(0, grad, param, fisher, anchor, n, ewc_lambda);
+double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, const void* anchor_,
+                        std::int64_t n, double ewc_lambda_) {
+  using C = typename Types<T>::compute;
+  T* grad = static_cast<T*>(grad_);
+  const T* param = static_cast<const T*>(param_);
+  const F* fisher = static_cast<const F*>(fisher_);
+  const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
+  const C ewc_lambda = static_cast<C>(ewc_lambda_);
+  return sum_runs<C, kFlush>(n, [=](Lanes<C>& lanes, std::int64_t first,
+                                    std::int64_t length) __attribute__((always_inline)) {
+    add_penalty_grad_run<T, F>(lanes, grad + first, param + first, fisher + first, anchor + first,
+                               length, ewc_lambda);
+  });
 }
 
-template <class T, class F>
-double penalty_after(double before, const void* param_, const void* fisher_, const void* anchor_,
-                     std::int64_t n, double ewc_lambda_) {
-  using C = typename Types<T>::compute;
-  using S = typename Types<T>::state;
-  const T* __restrict param = static_cast<const T*>(param_);
-  const F* __restrict fisher = static_cast<const F*>(fisher_);
-  const S* __restrict anchor = static_cast<const S*>(anchor_);
-  const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_terms<C>(before, n, [=](std::int64_t i) __attribute__((always_inline)) {
+template <class T, class F, class C = typename Types<T>::compute>
+inline __attribute__((always_inline)) void penalty_run(
+    Lanes<C>& lanes, const T* __restrict param, const F* __restrict fisher,
+    const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
+  add_terms<C>(lanes, n, [=](std::int64_t i) __attribute__((always_inline)) {
     const C distance = load(param[i]) - anchor[i];
     return penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance) * distance;
   });
 }
 template <class T, class F>
-double penalty(const void* param, const void* fisher, const void* anchor, std::int64_t n,
-               double ewc_lambda) {
-  return penalty_after<T, F>(0, param, fisher, anchor, n, ewc_lambda);
+double penalty(const void* param_, const void* fisher_, const void* anchor_, std::int64_t n,
+               double ewc_lambda_) {
+  using C = typename Types<T>::compute;
+  const T* param = static_cast<const T*>(param_);
+  const F* fisher = static_cast<const F*>(fisher_);
+  const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
+  const C ewc_lambda = static_cast<C>(ewc_lambda_);
+  return sum_runs<C, kFlush>(n, [=](Lanes<C>& lanes, std::int64_t first,
+                                    std::int64_t length) __attribute__((always_inline)) {
+    penalty_run<T, F>(lanes, param + first, fisher + first, anchor + first, length, ewc_lambda);
+  });
 }
 
 template <class T, class F>
