@@ -18,7 +18,7 @@ from training import same, shift
 
 from ewc_fast import EWC, _engine, _plan, _springs
 from ewc_fast._encoded import EncodedSprings, in_8_bits
-from ewc_fast._native import core, cuda_unavailable
+from ewc_fast._native import core, cuda_unavailable, reader
 from ewc_fast._plan import Plan
 from ewc_fast._springs import ActiveSprings, Spring
 from ewc_fast._triton import unavailable
@@ -139,6 +139,26 @@ def test_codes_are_taken_for_nothing_but_codes(operation):
         run(operation, lists[:-1], "cpu")
     with pytest.raises(TypeError, match=r"fisher\[0\]: expected uint8.*got float32"):
         run(operation, [*twin, lists[-1]], "cpu")
+
+
+@pytest.mark.parametrize(
+    "tensor_reader", [reader, core.TensorReader(None)], ids=["default", "slow"]
+)
+def test_the_core_reads_codes_and_refuses_what_they_do_not_go_with(tensor_reader):
+    lists, _ = pair_of_lists(READING["penalty"], [torch.randn(600)])
+    (params, codes, anchor, scales) = lists
+    specs = [(o.name, o.role, False, False, False) for o in in_8_bits(_plan.PENALTY).operands]
+    plan = core.Plan(tensor_reader, specs)
+    assert plan.accepts(params, codes, anchor, scales)
+    doubles = [[t.double() for t in tensors] for tensors in (params, anchor)]
+    assert not plan.accepts(doubles[0], codes, doubles[1], scales)
+    assert not plan.accepts(codes, codes, anchor, scales)
+    assert not plan.accepts(params, params, anchor, scales)
+    assert not plan.accepts(params, codes, anchor, [scales[0][:2]])
+    assert not plan.accepts(params, codes, codes, scales)
+    total, factor = torch.zeros(3, 4), torch.zeros(2, 5, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="grads: expected a floating tensor"):
+        core.squared_product(tensor_reader, total, factor[..., :3], factor, None, 1)
 
 
 # Springs of several parameters, as an EWC uses them
