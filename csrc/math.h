@@ -3,13 +3,13 @@
 //   penalty   L(theta)  = lambda/2 sum_i F_i (theta_i - a_i)^2     Kirkpatrick et al. 2017, eq. 3
 //   gradient  g_i      += lambda F_i (theta_i - a_i)
 //   fisher    F_i      += w g_i^2
+//   e5m3      F_i       = S 2^(e - 31) (1 + m / 8) of the byte 8 e + m; 0 of 0
 //   merge     F' = gamma F + F_t,  a' = a + F_t / F' (theta - a)   (one quadratic for all tasks)
 //   online    F' = gamma F + F_t,  a' = theta                      Schwarz et al. 2018
 //   proximal  theta <- (theta + eta lambda F a) / (1 + eta lambda F)
 //   adam      m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2                 Kingma & Ba 2015
 //             theta <- theta - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
 //   sgd       b' = mu b + (1 - d) g,  theta <- theta - eta b'
-//   e5m3      F = S 2^(e - 31) (1 + m / 8) of the byte 8 e + m; 0 of 0
 #pragma once
 
 #include <cstdint>

@@ -40,12 +40,19 @@ EWC_FAST_FORMULA void keep(bfloat16& fisher, V value, Rounding rounding) {
   store_stochastically(fisher, static_cast<float>(value), random);
 }
 
+// Calls work(first element, how many) for runs of n elements.
+template <std::int64_t Run, class Work>
+inline __attribute__((always_inline)) void for_each_run(std::int64_t n, Work work) {
+  for (std::int64_t first = 0; first < n; first += Run)
+    work(first, n - first < Run ? n - first : Run);
+}
+
 // T: of the parameters; F: of the Fisher.
 template <class T, class F, class C = typename Types<T>::compute>
 inline __attribute__((always_inline)) void add_penalty_grad_run(
-    Lanes<C>& lanes, T* __restrict grad, const T* __restrict param, const F* __restrict fisher,
+    RunningSum<C>& sum, T* __restrict grad, const T* __restrict param, const F* __restrict fisher,
     const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
-  add_terms<C>(lanes, n, [=](std::int64_t i) __attribute__((always_inline)) {
+  sum.add(n, [=](std::int64_t i) __attribute__((always_inline)) {
     const C distance = load(param[i]) - anchor[i];
     const C pull = penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance);
     store(grad[i], load(grad[i]) + pull);
@@ -61,18 +68,19 @@ double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, co
   const F* fisher = static_cast<const F*>(fisher_);
   const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
   const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_runs<C, kFlush>(n, [=](Lanes<C>& lanes, std::int64_t first,
-                                    std::int64_t length) __attribute__((always_inline)) {
-    add_penalty_grad_run<T, F>(lanes, grad + first, param + first, fisher + first, anchor + first,
+  RunningSum<C> sum;
+  for_each_run<kFlush>(n, [&](std::int64_t first, std::int64_t length) {
+    add_penalty_grad_run<T, F>(sum, grad + first, param + first, fisher + first, anchor + first,
                                length, ewc_lambda);
   });
+  return sum.total();
 }
 
 template <class T, class F, class C = typename Types<T>::compute>
 inline __attribute__((always_inline)) void penalty_run(
-    Lanes<C>& lanes, const T* __restrict param, const F* __restrict fisher,
+    RunningSum<C>& sum, const T* __restrict param, const F* __restrict fisher,
     const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
-  add_terms<C>(lanes, n, [=](std::int64_t i) __attribute__((always_inline)) {
+  sum.add(n, [=](std::int64_t i) __attribute__((always_inline)) {
     const C distance = load(param[i]) - anchor[i];
     return penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance) * distance;
   });
@@ -85,10 +93,11 @@ double penalty(const void* param_, const void* fisher_, const void* anchor_, std
   const F* fisher = static_cast<const F*>(fisher_);
   const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
   const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_runs<C, kFlush>(n, [=](Lanes<C>& lanes, std::int64_t first,
-                                    std::int64_t length) __attribute__((always_inline)) {
-    penalty_run<T, F>(lanes, param + first, fisher + first, anchor + first, length, ewc_lambda);
+  RunningSum<C> sum;
+  for_each_run<kFlush>(n, [&](std::int64_t first, std::int64_t length) {
+    penalty_run<T, F>(sum, param + first, fisher + first, anchor + first, length, ewc_lambda);
   });
+  return sum.total();
 }
 
 template <class T, class F>
