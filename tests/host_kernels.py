@@ -14,6 +14,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent / "cuda_on_host"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the core's order
+FISHER_DTYPES = [*DTYPES, torch.uint8]  # the last being codes
 
 
 class HostRow(ctypes.Structure):

@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "offload",
         "_piecewise",
         "_springs",
+        "_engine",
         "_plan",
         "_checks",
         "_dispatch",

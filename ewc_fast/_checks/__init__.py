@@ -20,6 +20,7 @@ from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
+    ENCODED_BLOCK,
     Operand,
     Operation,
     TensorList,
@@ -31,7 +32,6 @@ from ewc_fast._checks.operands import (
 )
 from ewc_fast._checks.overlap import some_information, two_fishers
 from ewc_fast._checks.parameters import (
-    ENCODED_BLOCK,
     STATE_FIELDS,
     STORAGES,
     ewc_state,

@@ -80,6 +80,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         Refused unless False.
     ewc
         The state, or None. Several optimizers may share it, each applies it to its own parameters.
+        Its ``storage`` is ``"float32"`` or ``"bfloat16"``; :class:`~ewc_fast.EWCOptimizer` takes
+        any.
     mode
         ``"gradient"`` or ``"proximal"``.
     master_weights
