@@ -10,10 +10,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from harness import MismatchError, Provider, Result, environment, measure, script
+from harness import MismatchError, Provider, Result, measure, script
 from torch import Tensor, nn
 
 from ewc_fast import EWC, reference
+from ewc_fast.environment import environment
 
 FORMATS = ("float32", "bfloat16", "e5m3")
 SIGMAS = (1.0, 2.0, 4.0)

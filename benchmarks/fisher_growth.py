@@ -22,7 +22,9 @@ from typing import Any
 from fisher_calls import EWC_FAST, FORWARD_AND_BACKWARD, ours
 from fisher_case import Estimator, FisherCase
 from fisher_models import dense
-from harness import ROOT, environment
+from harness import ROOT
+
+from ewc_fast.environment import environment
 
 INPUTS, CLASSES, BATCH = 784, 10, 256
 ESTIMATOR: Estimator = "empirical"

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from harness import environment
 
 from ewc_fast._native import core
+from ewc_fast.environment import environment
 
 _QUERIES = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "ecc.mode.current")
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")

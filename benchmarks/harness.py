@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import random
 import re
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-import ewc_fast
-from ewc_fast._native import core
-
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT = "EWC_FAST_COMMIT"
 
 
 class MismatchError(AssertionError):
@@ -202,42 +191,7 @@ def script(
         options.json.write_text(json.dumps(result.as_json()))
 
 
-def environment() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "vector_level": core.vector_levels[0],
-        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ewc_fast": ewc_fast.__version__,
-        # a copy of the tree may lack its history: whoever copied it says what it is
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, "unknown"),
-        # What a run writes itself does not make the code it measured another one.
-        "dirty": bool(
-            _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
-        ),
-    }
-
-
 def allocator_settings(variables: Mapping[str, str]) -> dict[str, str]:
     """Return those environment variables that change how memory is had or threads wait."""
     chosen = re.compile(r"MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$|OMP_|KMP_|GOMP_|THP_")
     return {name: value for name, value in variables.items() if chosen.match(name)}
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    command = ["git", "--no-optional-locks", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

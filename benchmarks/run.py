@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_environment import clocks, gpu_environment
-from harness import Result, allocator_settings, environment
+from harness import Result, allocator_settings
 from quiet import NOISE, LoadElsewhere
+
+from ewc_fast.environment import environment
 
 HERE = Path(__file__).parent
 DEFAULT: dict[str, str] = {}

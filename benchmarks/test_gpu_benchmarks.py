@@ -31,7 +31,9 @@ from gpu_timing import (
     faults,
     measure,
 )
-from harness import MismatchError, Provider, Result, environment
+from harness import MismatchError, Provider, Result
+
+from ewc_fast.environment import environment
 
 SUITES = {
     "operations": bench_gpu_operations.suite,

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import report
-from harness import Claim, MismatchError, Provider, Timings, environment, measure
+from harness import Claim, MismatchError, Provider, Timings, measure
 from layouts import resnet50, scaled
+
+from ewc_fast.environment import environment
 
 
 def right() -> None:

@@ -23,13 +23,13 @@ _library = torch.library.Library("ewc_fast", "FRAGMENT")
 _SCHEMAS = {
     "adam_step_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] fisher, Tensor[] anchor, "
     "Tensor(b!)[] master, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-    "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor lr, Tensor ewc_lambda, "
-    "Tensor? rounding_seed, *, float weight_decay, bool maximize, bool proximal, float beta1, "
-    "float beta2, float eps, bool decoupled) -> Tensor",
+    "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] path, Tensor(g!)[] steps, Tensor lr, "
+    "Tensor ewc_lambda, Tensor? rounding_seed, *, float weight_decay, bool maximize, "
+    "bool proximal, float beta1, float beta2, float eps, bool decoupled) -> Tensor",
     "sgd_step_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] fisher, Tensor[] anchor, "
-    "Tensor(b!)[] master, Tensor(c!)[] momentum_buffers, Tensor lr, Tensor ewc_lambda, "
-    "Tensor? rounding_seed, *, float weight_decay, bool maximize, bool proximal, float momentum, "
-    "float dampening, bool nesterov, bool first) -> Tensor",
+    "Tensor(b!)[] master, Tensor(c!)[] momentum_buffers, Tensor(d!)[] path, Tensor lr, "
+    "Tensor ewc_lambda, Tensor? rounding_seed, *, float weight_decay, bool maximize, "
+    "bool proximal, float momentum, float dampening, bool nesterov, bool first) -> Tensor",
 }
 
 

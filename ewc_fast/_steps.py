@@ -27,15 +27,17 @@ _SHARED = (
     Operand("anchor", "state"),
     Operand("master", "state", written=True),
 )
+_PATH = Operand("path", "state", written=True, slot=8)
 OPERANDS = {
     "adam_step_": (
         *_SHARED,
         Operand("exp_avgs", "moment", written=True),
         Operand("exp_avg_sqs", "moment", written=True),
         Operand("max_exp_avg_sqs", "moment", written=True),
+        _PATH,
         Operand("steps", "count", written=True),
     ),
-    "sgd_step_": (*_SHARED, Operand("momentum_buffers", "moment", written=True)),
+    "sgd_step_": (*_SHARED, Operand("momentum_buffers", "moment", written=True), _PATH),
 }
 
 
@@ -43,7 +45,7 @@ OPERANDS = {
 def operation(name: str, present: tuple[str, ...]) -> Operation:
     """Return the operation with the operands that are present; the same object each time."""
     operands = (
-        Operand(o.name, o.role, o.written, slot=slot)
+        Operand(o.name, o.role, o.written, slot=slot if o.slot is None else o.slot)
         for slot, o in enumerate(OPERANDS[name])
         if o.name in present
     )

@@ -1,4 +1,4 @@
-"""The command line: ``ewc-fast`` says what runs on this machine, ``ewc-fast demo`` what for."""
+"""The command line: what runs on this machine, and the demo and experiments that show what for."""
 
 from __future__ import annotations
 
@@ -8,49 +8,74 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-_DEMO_NEEDS = {"matplotlib", "mlxtend", "tqdm"}
+import ewc_fast.experiments as experiments
+
+_NEEDED_BY_EXTRA = {
+    "demo": {"matplotlib", "mlxtend", "tqdm"},
+    "experiments": {"minatar", "peft", "scipy", "seaborn", "transformers"},
+    "ale": {"ale_py"},
+}
 _FAILED, _UNUSABLE = 1, 2  # exit codes; 2 is argparse's own for bad usage
+_EXIT_CODES = "Exit code 0 if what it claims held, 1 if not, 2 if it could not run."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, ``info`` if none is named; return the exit code."""
-    arguments = _parser().parse_args(argv)
-    return _demo(arguments) if arguments.command == "demo" else _info()
+    arguments = vars(_parser().parse_args(argv))
+    command, name = arguments.pop("command"), arguments.pop("name", None)
+    return _shown(command, name, arguments) if command in ("demo", "experiment") else _info()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ewc-fast", description="Elastic Weight Consolidation for PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,experiment}")
     commands.add_parser("info", help="versions and backends, for a bug report (default)")
     demo = commands.add_parser(
         "demo",
         help="EWC against plain SGD and L2 on permuted MNIST",
         description="Learns three permuted MNIST tasks in turn by plain SGD, uniform L2 and EWC; "
-        "prints a table and saves a figure. Under three minutes on two cores. Exit code 0 if "
-        "SGD < L2 < EWC held, 1 if not, 2 if it could not run.",
+        "prints a table and saves a figure. Under three minutes on two cores, --quick under 30 "
+        f"seconds. It claims SGD < L2 < EWC. {_EXIT_CODES}",
     )
-    demo.add_argument("--quick", action="store_true", help="short form, under 30 seconds")
-    demo.add_argument(
-        "--seeds", type=_at_least_one, metavar="N", help="repetitions (default 3; quick: 1)"
+    _add_options(demo, takes=("data",), out="ewc_fast_demo")
+    experiment = commands.add_parser(
+        "experiment", help="one of the experiments of the paper and of those who tested it"
     )
-    demo.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the full MNIST's IDX files (train-images-idx3-ubyte and so on, plain or "
-        ".gz) to use instead of 5,000 images; takes much longer without --quick",
+    names = experiment.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, each in experiments.ALL.items():
+        description = f"Shows {each.summary}: a table, a record (JSON), a figure. {_EXIT_CODES}"
+        one = names.add_parser(name, help=each.summary, description=description)
+        _add_options(one, takes=each.takes, out="ewc_fast_experiments")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, *, takes: Sequence[str], out: str) -> None:
+    parser.add_argument("--quick", action="store_true", help="short form: less of everything")
+    parser.add_argument("--seeds", type=_at_least_one, metavar="N", help="repetitions")
+    parser.add_argument(
+        "--workers", type=_at_least_one, metavar="N", help="processes (default: one a core)"
     )
-    demo.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        default=Path("ewc_fast_demo"),
-        help="folder for the figure (default ./%(default)s)",
+        default=Path(out),
+        help="folder for record and figure (default ./%(default)s)",
     )
-    return parser
+    if "data" in takes:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            metavar="DIR",
+            help="folder of the full MNIST's IDX files (train-images-idx3-ubyte and so on, plain "
+            "or .gz) to use instead of 5,000 images; takes much longer",
+        )
+    if "suite" in takes:
+        parser.add_argument("--suite", choices=["minatar", "ale"], default="minatar")
 
 
 def _at_least_one(text: str) -> int:
@@ -59,25 +84,28 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _shown(command: str, name: str | None, chosen: dict[str, Any]) -> int:
+    """Run the demo or the experiment of this name; say in one line why it could not run."""
+    options = experiments.Options(**chosen)
     try:
-        from ewc_fast import demo
+        held = experiments.demo(options) if name is None else experiments.run(name, options)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _DEMO_NEEDS:
-            raise
-        return _unusable(f"{package} is missing: pip install 'ewc-fast[demo]'")
-    try:
-        held = demo.run(
-            quick=arguments.quick, seeds=arguments.seeds, data=arguments.data, out=arguments.out
-        )
-    except (demo.IdxError, OSError) as error:
-        return _unusable(str(error))
+        return _unusable(command, _remedy(error))
+    except OSError as error:
+        return _unusable(command, str(error))
     return 0 if held else _FAILED
 
 
-def _unusable(message: str) -> int:
-    print(f"ewc-fast demo: {message}", file=sys.stderr)
+def _remedy(missing: ModuleNotFoundError) -> str:
+    package = (missing.name or "").partition(".")[0]
+    for extra, packages in _NEEDED_BY_EXTRA.items():
+        if package in packages:
+            return f"{package} is missing: pip install 'ewc-fast[{extra}]'"
+    raise missing  # no extra would bring it
+
+
+def _unusable(command: str, message: str) -> int:
+    print(f"ewc-fast {command}: {message}", file=sys.stderr)
     return _UNUSABLE
 
 
@@ -92,6 +120,7 @@ def _info() -> int:
 def _versions() -> Iterator[tuple[str, str]]:
     from ewc_fast import __version__
     from ewc_fast._native import core
+    from ewc_fast.environment import processor
 
     yield "ewc_fast", __version__
     yield "core", core.version
@@ -99,7 +128,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     for package in ("torch", "numpy", "triton"):
         yield package, _version_of(package)
     yield "system", platform.platform()
-    yield "processor", _processor()
+    yield "processor", processor()
 
 
 def _version_of(package: str) -> str:
@@ -107,17 +136,6 @@ def _version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    """Return the processor's model, which ``platform`` does not know on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _backends() -> Iterator[tuple[str, str]]:

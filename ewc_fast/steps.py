@@ -36,6 +36,7 @@ def adam_step_(
     ewc_lambda: float | Tensor = 0.0,
     mode: Mode = "gradient",
     master: Tensors | None = None,
+    path: Tensors | None = None,
     rounding_seed: int | None = None,
     impl: Impl = "auto",
     plan: Plan | None = None,
@@ -61,11 +62,16 @@ def adam_step_(
     parameters: the step is taken there, and ``params`` become what it rounds to. Instead, bfloat16
     parameters may be rounded up or down by chance, right on average, from ``rounding_seed``.
 
+    ``path``, float32 (float64 beside float64), becomes :math:`\omega + g (\theta - \theta')`: the
+    path integral of synaptic intelligence (Zenke et al. 2017, https://arxiv.org/abs/1703.04200),
+    with ``grads`` as they were given, whatever springs, decay and ``maximize`` made of them, and
+    :math:`\theta, \theta'` the values of ``params`` before and after, rounded as they are kept.
+
     ``lr`` may be a scalar on the GPU, which is read there when the step runs: it and ``steps`` are
     all that changes from step to step, so that a CUDA graph of the step follows a schedule.
 
     Float32 parameters: 36 bytes of memory traffic each, beside 28 for a plain step and 48 for a
-    plain step after :func:`~ewc_fast.functional.add_penalty_grad_`.
+    plain step after :func:`~ewc_fast.functional.add_penalty_grad_`; 8 more with a path.
 
     Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; ``decoupled_weight_decay``: Loshchilov &
     Hutter 2019, https://arxiv.org/abs/1711.05101.
@@ -88,6 +94,7 @@ def adam_step_(
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
         "max_exp_avg_sqs": max_exp_avg_sqs,
+        "path": path,
         "steps": steps,
     }
     step = prepare_adam_step(
@@ -124,6 +131,7 @@ def sgd_step_(
     ewc_lambda: float | Tensor = 0.0,
     mode: Mode = "gradient",
     master: Tensors | None = None,
+    path: Tensors | None = None,
     rounding_seed: int | None = None,
     impl: Impl = "auto",
     plan: Plan | None = None,
@@ -155,6 +163,7 @@ def sgd_step_(
         "anchor": anchor,
         "master": master,
         "momentum_buffers": momentum_buffers,
+        "path": path,
     }
     step = prepare_sgd_step(
         lists,

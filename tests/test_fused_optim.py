@@ -432,14 +432,6 @@ def test_half_precision_loses_no_more_than_pytorchs_fused_step(dtype, amsgrad):
     assert largest_gap(tensors_of(ours), tensors_of(exact)) <= allowed
 
 
-def test_the_path_of_synaptic_intelligence_is_refused():
-    params = parameters()
-    ewc = EWC([(str(i), p) for i, p in enumerate(params)], ewc_lambda=1.0, importance="si")
-    for optimizer in PAIRS:
-        with pytest.raises(ValueError, match=r"importance='si'.*EWCOptimizer"):
-            optimizer(params, lr=0.1, ewc=ewc)
-
-
 WRONG = {
     "lr": lambda group: group.update(lr=-1.0),
     "nan": lambda group: group.update(lr=torch.tensor(float("nan"))),

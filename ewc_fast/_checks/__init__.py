@@ -20,6 +20,7 @@ from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
+    ENCODED_BLOCK,
     Operand,
     Operation,
     TensorList,
@@ -29,8 +30,8 @@ from ewc_fast._checks.operands import (
     operands,
     state_dtype,
 )
+from ewc_fast._checks.overlap import some_information, two_fishers
 from ewc_fast._checks.parameters import (
-    ENCODED_BLOCK,
     STATE_FIELDS,
     STORAGES,
     ewc_state,
@@ -72,10 +73,12 @@ __all__ = [
     "operands",
     "positive_integer",
     "seed",
+    "some_information",
     "squared_convolution",
     "squared_product",
     "state_dtype",
     "state_importance",
     "strength",
     "trainable_parameters",
+    "two_fishers",
 ]

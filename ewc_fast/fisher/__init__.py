@@ -13,6 +13,7 @@ from ewc_fast.fisher.likelihoods import (
     Poisson,
 )
 from ewc_fast.fisher.matrix import fisher_matrix, parameter_slices
+from ewc_fast.fisher.overlap import fisher_overlap
 from ewc_fast.fisher.report import FisherDiagonal, FisherReport
 from ewc_fast.fisher.scores import Estimator
 
@@ -31,6 +32,7 @@ __all__ = [
     "Poisson",
     "fisher_diagonal",
     "fisher_matrix",
+    "fisher_overlap",
     "fisher_report",
     "parameter_slices",
 ]

@@ -81,6 +81,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         Refused unless False.
     ewc
         The state, or None. Several optimizers may share it, each applies it to its own parameters.
+        Its ``storage`` is ``"float32"`` or ``"bfloat16"``; :class:`~ewc_fast.EWCOptimizer` takes
+        any.
     mode
         ``"gradient"`` or ``"proximal"``.
     master_weights
@@ -93,6 +95,11 @@ class Adam(_AdamStep, torch.optim.Adam):
 
     With either of the last two the moments of 16-bit parameters are float32: in bfloat16 a second
     moment could not shrink, as 0.999 of it rounds back to itself.
+
+    With ``EWC(importance="si")`` each step also adds to the path integral, in the same pass: the
+    gradient as it is when ``step()`` begins times the way that the parameters then go, as with
+    :class:`~ewc_fast.EWCOptimizer`. The way is that of the parameters themselves, rounded as they
+    are kept, not of their float32 copies.
 
     ``last_penalty`` is the penalty before the latest step, a float64 scalar.
 

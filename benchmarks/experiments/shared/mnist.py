@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ CLASSES = 10
 _MAGIC = {1: 0x0801, 3: 0x0803}  # unsigned bytes in so many dimensions
 
 
-class IdxError(Exception):
+class IdxError(OSError):
     """An IDX file that is missing, damaged, or not what its name says."""
 
 
@@ -46,9 +47,15 @@ class Mnist:
     validation: Images
     test: Images
 
-    def at_most(self, *, train: int, test: int) -> Mnist:
-        """Return the same with fewer images to train and test."""
+    def at_most(self, *, train: int | None, test: int | None) -> Mnist:
+        """Return the same with fewer images to train and test (None: all)."""
         return replace(self, train=self.train[:train], test=self.test[:test])
+
+
+@cache  # a process trains many times
+def load(folder: Path | None) -> Mnist:
+    """Return the full MNIST from a folder with its files, or else the 5,000 images."""
+    return five_thousand() if folder is None else from_idx(folder)
 
 
 def five_thousand() -> Mnist:

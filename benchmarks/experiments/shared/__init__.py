@@ -1,0 +1,1 @@
+"""What the experiments have in common: data, training, jobs, tables, figures, records."""
