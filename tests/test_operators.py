@@ -41,7 +41,7 @@ def adam_operands(params, fisher, anchor, amsgrad=False):
     return (
         *(params, copies(params), fisher, anchor, master, *moments[: 2 + amsgrad]),
         *([] if amsgrad else [[]]),
-        *(steps, number(0.1), number(2.0), None),
+        *([], steps, number(0.1), number(2.0), None),
     )
 
 
@@ -73,12 +73,12 @@ CALLS = {
     "adam_step_without_springs": lambda p, f, a: (OPS.adam_step_, adam_operands(p, [], []), ADAM),
     "sgd_step_": lambda p, f, a: (
         OPS.sgd_step_,
-        (p, copies(p), f, a, [], copies(p), number(0.1), number(2.0), None),
+        (p, copies(p), f, a, [], copies(p), [], number(0.1), number(2.0), None),
         SGD,
     ),
     "sgd_step_with_a_seed": lambda p, f, a: (
         OPS.sgd_step_,
-        (p, copies(p), f, a, [], [], number(0.1), number(2.0), torch.tensor(7)),
+        (p, copies(p), f, a, [], [], [], number(0.1), number(2.0), torch.tensor(7)),
         SGD | {"momentum": 0.0},
     ),
     "penalty_with_a_bfloat16_fisher": lambda p, f, a: (
