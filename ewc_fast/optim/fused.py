@@ -182,10 +182,11 @@ class FusedOptimizer(FusedState):
         for group, places in zip(self.param_groups, acting, strict=True):
             for place, rests in places if self._begins_with_zeros(group) else ():
                 self._make_state(group["params"][place], group, rests)
-            params = [group["params"][place] for place, rests in places if not rests]
-            path = None if self.ewc is None else self.ewc.path_of(params)
-            for param in params if path is not None else ():
-                path.omega(param)
+            moving = [group["params"][place] for place, rests in places if not rests]
+            path = None if self.ewc is None else self.ewc.path_of(moving)
+            if path is not None:
+                for param in moving:
+                    path.omega(param)
 
     # As by torch.compiler.assume_constant_result, which would import the compiler. Without the
     # mark the state is made in the graph, and another graph made where it is there.
