@@ -47,7 +47,7 @@ class Settings:
         return [WITHOUT, *(replace(m, ewc_lambda=each) for m in modes for each in self.lambdas)]
 
 
-FULL = Settings(Protocol(2, epochs=20), tuple(10 ** (n / 2) for n in range(13)), seeds=3)
+FULL = Settings(Protocol(2, epochs=20), tuple(10.0**n for n in range(7)), seeds=3)
 QUICK = Settings(Protocol(2, epochs=4, train=1000, test=500), (1.0, 1e3, 1e6), seeds=1)
 
 Found = Mapping[Method, Sequence[float]]  # each seed's mean accuracy over the tasks

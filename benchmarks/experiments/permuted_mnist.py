@@ -9,8 +9,8 @@ what earlier tasks need and leave the rest free.
 Protocol: ReLU, two hidden layers of 100, SGD at 0.2 in batches of 100, 50 epochs a task, 3,500
 images (with ``--data`` the whole MNIST, layers of 400, 5 epochs); exact Fisher of 1,000 images, one
 penalty per task, merged. SGD's second rate and the strengths are chosen by accuracy on validation
-images after C, over other permutations. Expect 65 to 70 % for SGD, 80 to 85 % for L2 and for SGD
-at its best rate, 92 % for EWC in both modes: as much as each task alone.
+images after C, over other permutations. Expect some 70 % for SGD, 80 to 85 % for L2 and for SGD
+at its best rate, 92 % for EWC in both modes: as much as a task reaches before the next one.
 
 :func:`demo` is the short form, with strengths chosen beforehand.
 """

@@ -6,7 +6,7 @@ was known to forget least without further memory (Goodfellow et al. 2014,
 https://arxiv.org/abs/1312.6211); it falls steadily, while EWC stays near what each task reaches
 alone, until the capacity of a network this small is used up.
 
-Protocol: as :mod:`.permuted_mnist`, with ten tasks of 30 epochs. Dropout of 0.2 of the inputs and
+Protocol: as :mod:`.permuted_mnist`, with ten tasks of 20 epochs. Dropout of 0.2 of the inputs and
 half of the hidden units; there a task ends when the validation error, as the mean over all tasks so
 far, has been above its lowest for more than 5 checks, one an epoch, and the network goes back to
 where it was lowest. That method sees old tasks' validation images, no other does. Rates and
@@ -91,12 +91,12 @@ class Settings:
 
 
 FULL = Settings(
-    Protocol(tasks=10, epochs=30),
+    Protocol(tasks=10, epochs=20),
     seeds=3,
     choosing_seeds=1,
     rates=(0.05, 0.1, 0.2),
     uniform=(0.0003, 0.001, 0.003, 0.01),
-    gradient=(3.0, 10.0, 30.0),
+    gradient=(10.0, 30.0),
     proximal=(10.0, 30.0, 100.0),
 )
 WHOLE_MNIST = replace(FULL, protocol=Protocol(tasks=10, epochs=5, width=400))
