@@ -61,8 +61,8 @@ class Settings:
     width: int = 100
     lr: float = 0.2
     epochs: int = 40
-    sizes: tuple[float, ...] = tuple(float(f"{0.01 * 10 ** (n / 8):.3g}") for n in range(21))
-    draws: int = 10
+    sizes: tuple[float, ...] = tuple(float(f"{0.01 * 10 ** (n / 8):.3g}") for n in range(19))
+    draws: int = 5
     dampings: tuple[float, ...] = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
     choosing_seeds: int = 2
     seeds: int = 5

@@ -43,7 +43,7 @@ def _edges(synapses: int, most: int) -> tuple[int, ...]:
     return *(tenth // 10, tenth // 5, tenth // 2), *range(tenth, most + 1, tenth)
 
 
-FULL = Settings(1000, _edges(1000, 6000), runs=100, seeds=5)
+FULL = Settings(1000, _edges(1000, 5000), runs=100, seeds=4)
 QUICK = Settings(100, _edges(100, 600), runs=300, seeds=2, within=0.1)
 
 
