@@ -260,8 +260,8 @@ def _draw(
         right.annotate(kind, (1, mean(tolerances[kind])), xytext=(0, 4), ha="right",
                        textcoords="offset points", color=STYLES[kind]["colour"])  # fmt: skip
     right.axvline(settings.damping, color=figures.GREY, lw=0.8, ls=":")
+    right.set_ylim(settings.sizes[0], 1.2 * settings.sizes[-1])  # first: equal values have no range
     right.set(xscale="log", yscale="log", xlabel="damping of the inverse Fisher")
-    right.set_ylim(settings.sizes[0], 1.2 * settings.sizes[-1])
     right.set_title(f"Noise borne, to {settings.least:g} %")
     figures.legend(figure, left, columns=4)
     return figure
