@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "environment": {"__init__", "_native"},
     "demo": {"__init__", "experiments"},
-    "experiments": {"__init__", "environment"},
+    "experiments": {"__init__", "environment", "fisher", "optim"},
     "integrations": {"__init__"},
     "cli": {"__init__", "demo", "environment", "experiments", "_native", "_triton"},
     "__main__": {"cli"},

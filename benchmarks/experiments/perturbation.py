@@ -20,8 +20,8 @@ one s compare noise vectors of the same expected length, and what differs is whe
 For every network, s and v the test accuracy is the mean over several draws, the same for all v. The
 tolerance is the s where it first falls below 80 %, log s interpolated.
 
-No damping is the best one: it leads from uniform noise (large) to the null space (small), and the
-right panel shows the way. The curves are those of 1e-6, for which nothing was tuned.
+No damping is the best one: it leads from uniform noise (large) towards the null space (small), and
+the right panel shows the way. The curves are those of 1e-6, for which nothing was tuned.
 
 Expect: noise shaped by the inverse Fisher is borne much longer than uniform noise of the same size,
 and that is due to where it is large: shuffled, the advantage is gone. The null space bears most,
@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import exp, log
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -256,8 +256,8 @@ def _draw(
     by_network = [list(each) for each in zip(*dampings.values(), strict=True)]
     figures.curve(right, [*dampings], by_network, label=INVERSE, ms=4, **STYLES[INVERSE])
     for kind in (UNIFORM, NULL):
-        right.axhline(mean(tolerances[kind]), color=STYLES[kind]["colour"], lw=1, ls="--")
-        right.annotate(kind, (1, mean(tolerances[kind])), xytext=(0, 4), ha="right",
+        right.axhline(median(tolerances[kind]), color=STYLES[kind]["colour"], lw=1, ls="--")
+        right.annotate(kind, (1, median(tolerances[kind])), xytext=(0, 4), ha="right",
                        textcoords="offset points", color=STYLES[kind]["colour"])  # fmt: skip
     right.axvline(settings.damping, color=figures.GREY, lw=0.8, ls=":")
     right.set_ylim(settings.sizes[0], 1.2 * settings.sizes[-1])  # first: equal values have no range
