@@ -6,13 +6,13 @@ penalty, 36 with the penalty inside. Of reads alone: 16, 32, 24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from harness import MismatchError, Provider, Result, measure, script
+from harness import MismatchError, Provider, Result, Timings, measure, script
 from layouts import Shape, layout
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from ewc_fast import EWC, EWCOptimizer, optim, reference
 
 Mode = Literal["gradient", "proximal"]
 Params = Sequence[nn.Parameter]
+Build = Callable[[Params, EWC], Any]  # an optimizer of the parameters
 
 EWC_LAMBDA = 400.0
 LR = 1e-6
@@ -50,41 +51,65 @@ OPTIMIZERS = {
 }
 
 
-def suite(quick: bool) -> Result:
-    """Measure both optimizers on one list of tensors."""
-    elements, seconds = (1_000_000, 1.0) if quick else (10_000_000, 8.0)
+SIZES = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000, "1e8": 100_000_000}
+USUAL = ("1e7", "1e8")
+QUICK = ("1e6",)
+
+
+def suite(quick: bool, only: Sequence[str] = ()) -> Result:
+    """Measure both optimizers on lists of tensors of each size."""
     result = Result()
-    for name, kind in OPTIMIZERS.items():
-        timings = measure(providers(kind, layout("list", elements)), seconds=seconds)
-        result.add(f"step, {name}", timings, (ALONE,))
+    for size in only or (QUICK if quick else USUAL):
+        for name, kind in OPTIMIZERS.items():
+            timings = _timings(kind, SIZES[size], 1.0 if quick else 8.0)
+            result.add(f"step, {name}, {size}", timings, (ALONE,))
     return result
 
 
-def providers(kind: Kind, shapes: Sequence[Shape]) -> dict[str, Provider]:
-    """Return the steps that compete, each of its own model."""
+def _timings(kind: Kind, elements: int, seconds: float) -> Timings:
+    """Time what competes at one size, five calls a turn where the operands fit the caches.
+
+    At 1e8 elements a model takes up to 3 GB: there only PyTorch's fused step and ours compete.
+    """
+    large, small = elements > 10_000_000, elements < 1_000_000
+    steps = _builders(kind)
+    names = [ALONE, *(name for name in steps if name.startswith("inside"))] if large else steps
+    competing = providers(kind, layout("list", elements), names)
+    return measure(competing, seconds=seconds, calls=5 if small else 1)
+
+
+def providers(
+    kind: Kind, shapes: Sequence[Shape], names: Iterable[str] = ()
+) -> dict[str, Provider]:
+    """Return the steps that compete, or some by name, each of its own model."""
+    builders = _builders(kind)
+    models = {name: SteppedModel(shapes, kind, *builders[name]) for name in names or builders}
+    return {name: Provider(model.step, model.check) for name, model in models.items()}
+
+
+def _builders(kind: Kind) -> dict[str, tuple[Build, Mode | None]]:
+    """Return what builds each optimizer, and the mode of its penalty."""
     fused, foreach = partial(kind.theirs, fused=True), partial(kind.theirs, foreach=True)
 
-    def wrapped(mode: Mode) -> Callable[[Params, EWC], Optimizer]:
+    def wrapped(mode: Mode) -> Build:
         return lambda params, ewc: EWCOptimizer(fused(params), ewc, mode=mode)
 
-    def inside(mode: Mode) -> Callable[[Params, EWC], Optimizer]:
+    def inside(mode: Mode) -> Build:
         return lambda params, ewc: kind.ours(params, ewc=ewc, mode=mode)
 
-    models = {
-        ALONE: SteppedModel(shapes, kind, lambda params, _: fused(params), None),
-        "torch, foreach, alone": SteppedModel(
-            shapes, kind, lambda params, _: foreach(params), None
-        ),
-        "inside, alone": SteppedModel(shapes, kind, lambda params, _: kind.ours(params), None),
-        "inside, gradient": SteppedModel(shapes, kind, inside("gradient"), "gradient"),
-        "inside, proximal": SteppedModel(shapes, kind, inside("proximal"), "proximal"),
-        "in EWCOptimizer, gradient": SteppedModel(shapes, kind, wrapped("gradient"), "gradient"),
-        "in EWCOptimizer, proximal": SteppedModel(shapes, kind, wrapped("proximal"), "proximal"),
-        "in PyTorch, foreach and fused": SteppedModel(
-            shapes, kind, lambda params, ewc: Composed(fused(params), ewc), "gradient"
+    return {
+        ALONE: (lambda params, _: fused(params), None),
+        "torch, foreach, alone": (lambda params, _: foreach(params), None),
+        "inside, alone": (lambda params, _: kind.ours(params), None),
+        "inside, gradient": (inside("gradient"), "gradient"),
+        "inside, proximal": (inside("proximal"), "proximal"),
+        "in EWCOptimizer, gradient": (wrapped("gradient"), "gradient"),
+        "in EWCOptimizer, proximal": (wrapped("proximal"), "proximal"),
+        "in PyTorch, foreach and fused": (
+            lambda params, ewc: Composed(fused(params), ewc),
+            "gradient",
         ),
     }
-    return {name: Provider(model.step, model.check) for name, model in models.items()}
 
 
 class Composed:
@@ -112,16 +137,19 @@ class SteppedModel:
         self,
         shapes: Sequence[Shape],
         kind: Kind,
-        build: Callable[[Params, EWC], Any],
+        build: Build,
         mode: Mode | None,
     ) -> None:
         draw = torch.Generator().manual_seed(0)
         self._kind, self._mode = kind, mode
         self._params = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
         named = [(f"{index}", param) for index, param in enumerate(self._params)]
-        self._ewc = EWC(named, ewc_lambda=EWC_LAMBDA)
+        self._ewc = EWC(named if mode else named[:1], ewc_lambda=EWC_LAMBDA)
         self._ewc.consolidate_from(
-            {name: torch.rand(param.shape, generator=draw) for name, param in named}
+            {
+                name: torch.rand(param.shape, generator=draw)
+                for name, param in self._ewc.parameters.items()
+            }
         )
         self._start = [
             param.detach() + 0.01 * torch.randn(param.shape, generator=draw)
@@ -152,17 +180,17 @@ class SteppedModel:
     def _wanted(self) -> list[Tensor]:
         params = [nn.Parameter(start.clone()) for start in self._start]
         values = [param.detach() for param in params]
-        state = values, list(self._ewc.fisher.values()), list(self._ewc.anchor.values())
+        state = list(self._ewc.fisher.values()), list(self._ewc.anchor.values())
         grads = [torch.full_like(param, TASK_GRADIENT) for param in values]
         if self._mode == "gradient":
-            reference.add_penalty_grad_(grads, *state, ewc_lambda=EWC_LAMBDA)
+            reference.add_penalty_grad_(grads, values, *state, ewc_lambda=EWC_LAMBDA)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         self._kind.theirs(params, fused=True).step()
         if self._mode == "proximal":
-            reference.proximal_step_(*state, ewc_lambda=EWC_LAMBDA, lr=LR)
+            reference.proximal_step_(values, *state, ewc_lambda=EWC_LAMBDA, lr=LR)
         return values
 
 
 if __name__ == "__main__":
-    script(suite)
+    script(suite, parts=tuple(SIZES))

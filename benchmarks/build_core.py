@@ -121,7 +121,10 @@ def pybind11_headers() -> Path:
 
 
 def describe(out: Path) -> None:
-    """Write the metadata that ``importlib.metadata`` finds the version in."""
+    """Write what an installation would: the version's metadata, the experiments in the package."""
+    experiments = out / "ewc_fast" / "experiments"
+    if not experiments.exists():
+        experiments.symlink_to(ROOT / "benchmarks" / "experiments")
     folder = out / "ewc_fast.egg-info"
     folder.mkdir(exist_ok=True)
     (folder / "PKG-INFO").write_text(

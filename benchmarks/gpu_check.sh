@@ -106,7 +106,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers)
 # What runs kernels, and of the other tests those that also run on a GPU where there is one (the
 # fixture "device" puts "cuda" into their names). The rest never leaves the CPU, where CI has run it.
 # Nor does reading compiled kernels need a GPU.
-kernels=(tests/test_cuda.py tests/test_cuda_steps.py)
+kernels=(tests/test_cuda.py tests/test_cuda_steps.py tests/test_encoded.py)
 for file in tests/test_triton_*.py; do
   [ -e "$file" ] && [[ $file != *_compiled.py ]] && kernels+=("$file")
 done

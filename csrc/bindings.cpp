@@ -32,9 +32,12 @@ Role role_of(const std::string& name) {
   if (name == "residual") return Role::residual;
   if (name == "moment") return Role::moment;
   if (name == "count") return Role::count;
+  if (name == "codes") return Role::codes;
+  if (name == "scales") return Role::scales;
   throw std::invalid_argument(
-      "role must be 'param', 'state', 'fisher', 'residual', 'moment' or 'count', got '" + name +
-      "'");
+      "role must be 'param', 'state', 'fisher', 'residual', 'moment', 'count', 'codes' or "
+      "'scales', got '" +
+      name + "'");
 }
 
 // name, role, written, stacked, pinned
@@ -201,32 +204,6 @@ void def_steps(py::module_& m) {
   def("sgd_step", ewc_fast::cpu::sgd_step, SgdOptions{});
 }
 
-// Fishers in 8 bits: addresses of codes and scales, and numbers of elements. Whoever makes this
-// keeps the tensors alive.
-using EncodedTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t>;
-
-std::vector<ewc_fast::cpu::EncodedFisher> encoded_of(const std::vector<EncodedTuple>& rows) {
-  std::vector<ewc_fast::cpu::EncodedFisher> converted;
-  for (const auto& [codes, scales, numel] : rows)
-    converted.push_back(
-        {reinterpret_cast<const char*>(codes), reinterpret_cast<const float*>(scales), numel});
-  return converted;
-}
-
-double add_penalty_grad_e5m3(const Plan& plan, const std::vector<EncodedTuple>& fisher,
-                             double ewc_lambda, int threads, std::size_t level) {
-  const auto run = cpu_run(plan, threads, level);
-  const auto encoded = encoded_of(fisher);
-  const auto& rows = plan.table().rows;
-  const auto fits = [](const ewc_fast::Row& row, const ewc_fast::cpu::EncodedFisher& fisher) {
-    return row.numel == fisher.numel;
-  };
-  if (!std::equal(rows.begin(), rows.end(), encoded.begin(), encoded.end(), fits))
-    throw std::invalid_argument("the encoded Fishers do not fit the parameters");
-  const py::gil_scoped_release unlocked;
-  return ewc_fast::cpu::add_penalty_grad_e5m3(plan.table(), run, encoded, ewc_lambda);
-}
-
 #ifdef EWC_FAST_CUDA_BUILT
 // Binds a CUDA operation: launched on PyTorch's current stream, without the interpreter lock, since
 // a launch waits where too many are queued.
@@ -312,8 +289,6 @@ PYBIND11_MODULE(_core, m) {
   def("penalty", ewc_fast::cpu::penalty);
   def("penalty_grad", ewc_fast::cpu::penalty_grad);
   def("proximal_step", ewc_fast::cpu::proximal_step);
-  m.def("add_penalty_grad_e5m3", &add_penalty_grad_e5m3, py::arg("plan"), py::arg("fisher"),
-        py::arg("coefficient"), py::arg("threads"), py::arg("level") = 0);
   const auto def_rounding = [&m](const char* name, auto operation) {
     m.def(name, rounding_on_cpu(operation), py::arg("plan"), py::arg("coefficient"),
           py::arg("threads"), py::arg("level") = 0, py::arg("seed") = 0);

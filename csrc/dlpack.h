@@ -7,7 +7,7 @@
 namespace ewc_fast::dlpack {
 
 enum DeviceType : std::int32_t { kCPU = 1, kCUDA = 2, kCUDAHost = 3, kROCM = 10, kOneAPI = 14 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : std::uint8_t { kUnsigned = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
   std::int32_t type, index;

@@ -3,12 +3,14 @@
 //   penalty   L(theta)  = lambda/2 sum_i F_i (theta_i - a_i)^2     Kirkpatrick et al. 2017, eq. 3
 //   gradient  g_i      += lambda F_i (theta_i - a_i)
 //   fisher    F_i      += w g_i^2
+//   e5m3      F_i       = S 2^(e - 31) (1 + m / 8) of the byte 8 e + m; 0 of 0
 //   merge     F' = gamma F + F_t,  a' = a + F_t / F' (theta - a)   (one quadratic for all tasks)
 //   online    F' = gamma F + F_t,  a' = theta                      Schwarz et al. 2018
 //   proximal  theta <- (theta + eta lambda F a) / (1 + eta lambda F)
 //   adam      m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2                 Kingma & Ba 2015
 //             theta <- theta - eta (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)
 //   sgd       b' = mu b + (1 - d) g,  theta <- theta - eta b'
+//   path      omega += -g (theta' - theta)                         Zenke et al. 2017, eq. 3
 #pragma once
 
 #include <cstdint>
@@ -139,6 +141,14 @@ EWC_FAST_FORMULA T sgd_param(const SgdStep<T>& step, T param, T grad, T buffer) 
   return param - step.lr * (step.nesterov ? grad + step.momentum * buffer : buffer);
 }
 
+// What a step adds to the path integral of synaptic intelligence: the fall of the loss that this
+// parameter's way explains. `grad` is the loss's own, whatever sign, decay or springs made of it;
+// before and after are the parameters as they are kept, rounded.
+template <class T>
+EWC_FAST_FORMULA T path_term(T grad, T before, T after) {
+  return grad * (before - after);
+}
+
 // The seed with the upper half of an element's number in it: constant in a loop over 2^32 elements.
 EWC_FAST_FORMULA std::uint32_t seed_of_upper_half(std::uint32_t seed, std::uint64_t element) {
   return seed ^ static_cast<std::uint32_t>(element >> 32) * 0x7feb352du;
@@ -158,6 +168,27 @@ EWC_FAST_FORMULA std::uint32_t random_bits(std::uint32_t seed, std::uint64_t ele
 EWC_FAST_FORMULA std::uint16_t round_stochastically(std::uint32_t float_bits,
                                                     std::uint32_t random) {
   return static_cast<std::uint16_t>((float_bits + (random & 0xffffu)) >> 16);
+}
+
+EWC_FAST_FORMULA float float_of(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// A Fisher in 8 bits: the byte 8 e + m is S 2^(e - 31) (1 + m / 8), and 0 is 0, with one scale S (a
+// power of two) for each block of elements. ewc_fast/formats.py specifies it, and encodes.
+struct e5m3 {
+  std::uint8_t bits;
+};
+constexpr int kEncodedBlock = 256;
+
+// Shifted by 20 the byte stands where a float has its exponent and its mantissa's first bits, and
+// the exponent is 96 too small: a shift, a sum and a choice, where a table would need one load more
+// for each element. Exact, down to float's denormals.
+EWC_FAST_FORMULA float decode(e5m3 code, float scale) {
+  const std::uint32_t bits = code.bits;
+  return float_of(bits == 0 ? 0 : (bits << 20) + (96u << 23)) * scale;
 }
 
 }  // namespace ewc_fast

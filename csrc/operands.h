@@ -7,13 +7,14 @@
 
 namespace ewc_fast {
 
-enum class DType : std::uint8_t { float32, float64, bfloat16, float16 };
+// The last is of a Fisher in 8 bits alone (uint8 to PyTorch); tables of kernels know the others.
+enum class DType : std::uint8_t { float32, float64, bfloat16, float16, e5m3 };
 constexpr int kDTypes = 4;
 constexpr int item_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : dtype == DType::e5m3 ? 1 : 2;
 }
 
-constexpr int kMaxOperands = 9;
+constexpr int kMaxOperands = 10;
 
 // The i-th tensor of every list. All have the same shape and the same dense strides, so that one
 // running index addresses the same element in each.
@@ -25,7 +26,7 @@ struct Row {
   std::int64_t sample_stride = 0;  // elements from one sample's gradient to the next
   std::int64_t ordinal = 0;        // its place in the call's lists, which may be split up
   DType dtype = DType::float32;    // of the parameters
-  DType fisher = DType::float32;   // of the Fisher: float, double beside double, or bfloat16
+  DType fisher = DType::float32;   // of the Fisher: float, double beside double, bfloat16 or e5m3
   DType moments = DType::float32;  // of an optimizer's moments: the parameters', or float
   int device = -1;                 // CUDA device index; -1 is the CPU
 

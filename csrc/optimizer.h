@@ -8,7 +8,7 @@
 namespace ewc_fast {
 
 // Where the operands of a step stand in a row, Adam's and SGD's alike. The row's data is null where
-// a step lacks one: springs (fisher, anchor), a master copy, amsgrad, momentum.
+// a step lacks one: springs (fisher, anchor), a master copy, amsgrad, momentum, a path.
 //
 //   param     written; bfloat16 to nearest, or by chance from the seed
 //   grad      read
@@ -19,9 +19,9 @@ namespace ewc_fast {
 //   first     written; Adam's first moment, SGD's momentum buffer
 //   second    written; Adam's second moment
 //   largest   written; the largest second moment so far (amsgrad)
+//   path      written; float or double: omega of synaptic intelligence, see path_term()
 //   count     written; the number of steps taken, one float32 for the whole row. A step adds 1 to
-//   it
-//             before anything else.
+//             it before anything else.
 //
 // Moments are of the parameters' dtype, or float beside 16-bit parameters (Row::moments).
 enum StepOperand {
@@ -33,6 +33,7 @@ enum StepOperand {
   kStepFirst,
   kStepSecond,
   kStepLargest,
+  kStepPath,
   kStepCount,
   kStepOperands
 };

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/operations.h"
+#include "math.h"
 
 namespace py = pybind11;
 
@@ -49,7 +50,17 @@ bool same_layout(const TensorView& view, std::size_t first_dim, const TensorView
   return true;
 }
 
+std::int64_t blocks_of(std::int64_t numel) { return (numel + kEncodedBlock - 1) / kEncodedBlock; }
+
+bool are_scales(const TensorView& view, std::int64_t numel) {
+  return view.ndim() == 1 && view.size(0) == blocks_of(numel) &&
+         (view.size(0) <= 1 || view.stride(0) == 1);
+}
+
 bool fits(DType dtype, Role role, DType param) {
+  if (role == Role::codes || dtype == DType::e5m3)
+    return role == Role::codes && dtype == DType::e5m3 && param != DType::float64;
+  if (role == Role::scales) return dtype == DType::float32;
   if (role == Role::parameter) return dtype == param;
   if (role == Role::residual) return dtype == DType::bfloat16;
   if (role == Role::count) return dtype == DType::float32;
@@ -168,9 +179,13 @@ Row Plan::make_row(std::size_t row) const {
       if (tensor.ndim() != 0) refuse(operand, row, "it is not a scalar");
       continue;  // one number: from each element to the next it takes no step
     }
+    if (spec.role == Role::scales) {
+      if (!are_scales(tensor, made.numel)) refuse(operand, row, "it has not one for each block");
+      continue;
+    }
     const std::size_t stacked = spec.stacked && tensor.ndim() == layout.ndim() + 1;
     if (!same_layout(tensor, stacked, layout)) refuse(operand, row, "its shape or strides differ");
-    if (spec.role == Role::fisher) made.fisher = tensor.dtype;
+    if (spec.role == Role::fisher || spec.role == Role::codes) made.fisher = tensor.dtype;
     if (spec.role == Role::moment) {
       if (moments && *moments != tensor.dtype)
         refuse(operand, row, "its dtype differs from the other moments'");
@@ -198,8 +213,10 @@ void Plan::check_written_apart() const {
       const Row& row = table_.rows[i];
       const int slot = specs_[operand].slot;
       const char* begin = row.at<char>(slot, 0);
-      if (specs_[operand].role == Role::count) {
-        extents.push_back({begin, begin + item_size(DType::float32), operand, i});
+      const Role role = specs_[operand].role;
+      if (role == Role::count || role == Role::scales) {
+        const std::int64_t numbers = role == Role::count ? 1 : blocks_of(row.numel);
+        extents.push_back({begin, begin + numbers * item_size(DType::float32), operand, i});
         continue;
       }
       const std::int64_t samples = specs_[operand].stacked ? row.samples : 1;

@@ -11,8 +11,10 @@ namespace ewc_fast {
 // What the core demands of an operand's dtype: the parameters' own; float for the state (double
 // beside double parameters); the state's or, beside other parameters than double, bfloat16 for the
 // Fisher; bfloat16 for the residual; the parameters' own or float for an optimizer's moments, one
-// dtype for all of a row; float for a count, which is a single number whatever the row's shape.
-enum class Role : std::uint8_t { parameter, state, fisher, residual, moment, count };
+// dtype for all of a row; float for a count, which is a single number whatever the row's shape. A
+// Fisher in 8 bits is two operands, beside other parameters than double: codes like the parameters,
+// and a vector of scales, one float for each block of codes.
+enum class Role : std::uint8_t { parameter, state, fisher, residual, moment, count, codes, scales };
 
 struct OperandSpec {
   std::string name;  // for messages

@@ -20,7 +20,8 @@ void demand(bool holds, const std::string& name, const std::string& what) {
 TensorView view_of(const TensorReader& reader, py::handle tensor, const std::string& name,
                    std::size_t ndim) {
   TensorView view;
-  demand(reader.read(tensor.ptr(), view) && view.device < 0, name, "a floating tensor on the CPU");
+  demand(reader.read(tensor.ptr(), view) && view.device < 0 && view.dtype != DType::e5m3, name,
+         "a floating tensor on the CPU");
   demand(view.ndim() == ndim, name, std::to_string(ndim) + " dimensions");
   return view;
 }

@@ -15,6 +15,7 @@ std::optional<DType> dtype_of(dlpack::DataType type) {
   if (type.code == dlpack::kFloat && type.bits == 64) return DType::float64;
   if (type.code == dlpack::kFloat && type.bits == 16) return DType::float16;
   if (type.code == dlpack::kBfloat && type.bits == 16) return DType::bfloat16;
+  if (type.code == dlpack::kUnsigned && type.bits == 8) return DType::e5m3;
   return std::nullopt;
 }
 
@@ -23,6 +24,7 @@ std::optional<DType> dtype_of(const std::string& name) {
   if (name == "torch.float64") return DType::float64;
   if (name == "torch.float16") return DType::float16;
   if (name == "torch.bfloat16") return DType::bfloat16;
+  if (name == "torch.uint8") return DType::e5m3;
   return std::nullopt;
 }
 

@@ -33,7 +33,8 @@ class TensorReader {
   // `exchange` is torch.Tensor.__dlpack_c_exchange_api__, or None.
   explicit TensorReader(pybind11::object exchange);
 
-  // False where the object is no dense CPU or CUDA tensor of a floating dtype that the core knows.
+  // False where the object is no dense CPU or CUDA tensor of a dtype that the core knows: floating,
+  // or uint8, which it takes for the codes of a Fisher.
   bool read(PyObject* tensor, TensorView& view) const;
   // Reads the address of a tensor that should be as `known` in all else; false where it is not.
   bool read_address(PyObject* tensor, const TensorView& known, void*& data) const;

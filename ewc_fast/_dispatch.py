@@ -16,19 +16,19 @@
 ``"reference"`` any                               ``"reference"``
 ==============  ================================  ================================================
 
-An ``EWC`` may keep its state in other ways (``storage``); ``impl`` then chooses as above for each
-piece of it:
+An ``EWC`` may keep its state in other ways (``storage``); ``impl`` then chooses as above:
 
 ==========================  ==================================================================
 state                       what applies it
 ==========================  ==================================================================
-8-bit Fisher, on the CPU    ``add_penalty_grad_``: C++ that decodes as it loads, with ``"auto"``
-                            and ``"cpu"``; the value, the proximal step, other ``impl``: pieces
-                            decoded to float32 by PyTorch
-8-bit Fisher, on a GPU      pieces decoded to float32 by PyTorch, for all operations
-kept on the CPU             pieces copied to the parameters' device, and decoded if of 8 bits
-any, in a merge             as above; state kept on the CPU merges there (``"auto"`` for
-                            ``"cuda"`` and ``"triton"``)
+8-bit Fisher, in a step     the kernels of the table above, which decode as they load: penalty,
+                            its gradient, both at once, the proximal step; where the table says
+                            ``"reference"``, pieces decoded to float32 by PyTorch
+8-bit Fisher, in a merge    decoded, merged as above, and encoded by PyTorch, one by one
+8-bit Fisher, in a fused    an error: ``EWCOptimizer`` around PyTorch's optimizer takes it
+optimizer
+kept on the CPU             pieces copied to the parameters' device, and decoded if of 8 bits;
+                            they merge on the CPU (``"auto"`` for ``"cuda"`` and ``"triton"``)
 ==========================  ==================================================================
 
 *Dense* means: all operands of a row have the same strides and fill their storage, in any order of

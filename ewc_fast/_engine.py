@@ -57,17 +57,9 @@ def run(
         rounding["seed"] = _resolved_seed(groups, seed)
     values: list[float | Tensor] = []
     for group in groups:
-        if group.impl == "cpu":
-            value: float | Tensor | None = native(
-                group.core_plan, coefficient, torch.get_num_threads(), **rounding
-            )
-            mark_written(operation, group.lists)
-        elif group.impl == "cuda":
-            value = _run_cuda(operation, native, group, coefficient, **rounding)
-            mark_written(operation, group.lists)
-        elif group.impl == "triton":
-            value = _run_triton(operation, group, coefficient, **rounding)
-            mark_written(operation, group.lists)
+        value: float | Tensor | None
+        if group.impl != "reference":
+            value = run_natively(operation, native, group, coefficient, **rounding)
         elif operation.rounds:
             value = in_pytorch(*group.lists, **rounding, ordinals=group.ordinals)
         else:
@@ -75,6 +67,25 @@ def run(
         if value is not None:
             values.append(value)
     return values
+
+
+def run_natively(
+    operation: Operation,
+    native: Callable[..., float | None],
+    group: Group,
+    coefficient: float,
+    **rounding: int,
+) -> float | Tensor | None:
+    """Run one operation over a group that has kernels; return its value, where it has one."""
+    value: float | Tensor | None
+    if group.impl == "cpu":
+        value = native(group.core_plan, coefficient, torch.get_num_threads(), **rounding)
+    elif group.impl == "cuda":
+        value = _run_cuda(operation, native, group, coefficient, **rounding)
+    else:
+        value = _run_triton(operation, group, coefficient, **rounding)
+    mark_written(operation, group.lists)
+    return value
 
 
 def _resolved_seed(groups: Sequence[Group], seed: int | None) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ewc_fast._native import core
 from ewc_fast._plan import Group, Plan
 from ewc_fast.reference_steps import AdamOptions, SgdOptions
 
+Step = Callable[[], Tensor]  # validated; takes the step and returns the penalty before it
+
 # In the order of StepOperand in csrc/optimizer.h, which says where kernels look for each.
 _SHARED = (
     Operand("params", "param", written=True),
@@ -25,15 +27,17 @@ _SHARED = (
     Operand("anchor", "state"),
     Operand("master", "state", written=True),
 )
-_OPERANDS = {
+_PATH = Operand("path", "state", written=True, slot=8)
+OPERANDS = {
     "adam_step_": (
         *_SHARED,
         Operand("exp_avgs", "moment", written=True),
         Operand("exp_avg_sqs", "moment", written=True),
         Operand("max_exp_avg_sqs", "moment", written=True),
+        _PATH,
         Operand("steps", "count", written=True),
     ),
-    "sgd_step_": (*_SHARED, Operand("momentum_buffers", "moment", written=True)),
+    "sgd_step_": (*_SHARED, Operand("momentum_buffers", "moment", written=True), _PATH),
 }
 
 
@@ -41,23 +45,24 @@ _OPERANDS = {
 def operation(name: str, present: tuple[str, ...]) -> Operation:
     """Return the operation with the operands that are present; the same object each time."""
     operands = (
-        Operand(o.name, o.role, o.written, slot=slot)
-        for slot, o in enumerate(_OPERANDS[name])
+        Operand(o.name, o.role, o.written, slot=slot if o.slot is None else o.slot)
+        for slot, o in enumerate(OPERANDS[name])
         if o.name in present
     )
     return Operation(name, tuple(operands), measure=0, sums="fisher" in present)
 
 
-def adam_step_(
+def adam_step(
     lists: Mapping[str, TensorList],
     options: AdamOptions,
     impl: Impl = "auto",
     plan: Plan | None = None,
     lr: Tensor | None = None,
-) -> Tensor:
-    """See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there.
+) -> Step:
+    """Validate a step of Adam, and return it to be taken.
 
-    ``lr`` is a scalar on a device that counts instead of the options', read when kernels run.
+    See :func:`ewc_fast.functional.adam_step_`; ``lists`` holds the operands that are there. ``lr``
+    is a scalar on a device that counts instead of the options', read when kernels run.
     """
 
     def on_cpu(core_plan: Any) -> float:
@@ -67,18 +72,18 @@ def adam_step_(
     def reference(**operands: Any) -> Tensor:
         return reference_steps.adam_step_(_with_rate(options, lr), **operands)
 
-    on_gpu = functools.partial(_on_gpu, options, lr)
-    return _run(operation("adam_step_", tuple(lists)), lists, on_cpu, on_gpu, reference, impl, plan)
+    runners = _Runners(on_cpu, functools.partial(_on_gpu, options, lr), reference)
+    return _validated(operation("adam_step_", tuple(lists)), lists, runners, impl, plan)
 
 
-def sgd_step_(
+def sgd_step(
     lists: Mapping[str, TensorList],
     options: SgdOptions,
     impl: Impl = "auto",
     plan: Plan | None = None,
     lr: Tensor | None = None,
-) -> Tensor:
-    """See :func:`ewc_fast.functional.sgd_step_`, and above."""
+) -> Step:
+    """Validate a step of SGD: see :func:`ewc_fast.functional.sgd_step_`, and above."""
 
     def on_cpu(core_plan: Any) -> float:
         now = core.SgdOptions(*_with_rate(options, lr))
@@ -87,8 +92,8 @@ def sgd_step_(
     def reference(**operands: Any) -> Tensor:
         return reference_steps.sgd_step_(_with_rate(options, lr), **operands)
 
-    on_gpu = functools.partial(_on_gpu, options, lr)
-    return _run(operation("sgd_step_", tuple(lists)), lists, on_cpu, on_gpu, reference, impl, plan)
+    runners = _Runners(on_cpu, functools.partial(_on_gpu, options, lr), reference)
+    return _validated(operation("sgd_step_", tuple(lists)), lists, runners, impl, plan)
 
 
 OptionsOf = TypeVar("OptionsOf", AdamOptions, SgdOptions)
@@ -106,31 +111,48 @@ def _on_gpu(
     return _steps_gpu.run(operation, group, options, there)
 
 
-def _run(
+class _Runners(NamedTuple):
+    """One step by each implementation."""
+
+    cpu: Callable[[Any], float]
+    gpu: Callable[[Operation, Group], Tensor | None]
+    pytorch: Callable[..., Tensor]
+
+
+def _validated(
     operation: Operation,
     lists: Mapping[str, TensorList],
-    on_cpu: Callable[[Any], float],
-    on_gpu: Callable[[Operation, Group], Tensor | None],
-    in_pytorch: Callable[..., Tensor],
+    runners: _Runners,
     impl: Impl,
     plan: Plan | None,
+) -> Step:
+    """Validate a step's rows and group them; return the step."""
+    ordered = [lists[operand.name] for operand in operation.operands]
+    groups = (plan or Plan()).groups(operation, ordered, impl)
+    return functools.partial(_run, operation, groups, runners, lists["params"])
+
+
+def _run(
+    operation: Operation, groups: Sequence[Group], runners: _Runners, params: TensorList
 ) -> Tensor:
     """Run a step over all groups of rows; return the penalty before it."""
-    names = [operand.name for operand in operation.operands]
     values: list[float | Tensor] = []
-    for group in (plan or Plan()).groups(operation, [lists[name] for name in names], impl):
+    for group in groups:
         if group.impl == "cpu":
-            values.append(on_cpu(group.core_plan))
+            values.append(runners.cpu(group.core_plan))
             mark_written(operation, group.lists)
         elif group.impl != "reference":
-            value = on_gpu(operation, group)
+            value = runners.gpu(operation, group)
             values += [] if value is None else [value]
             mark_written(operation, group.lists)
         else:
-            values.append(_run_in_pytorch(names, group, in_pytorch))
-    return add_values(values, lists["params"])
+            values.append(_run_in_pytorch(operation, group, runners.pytorch))
+    return add_values(values, params)
 
 
-def _run_in_pytorch(names: list[str], group: Group, in_pytorch: Callable[..., Tensor]) -> Tensor:
+def _run_in_pytorch(
+    operation: Operation, group: Group, in_pytorch: Callable[..., Tensor]
+) -> Tensor:
+    names = [operand.name for operand in operation.operands]
     named = dict(zip(names, group.lists, strict=True))
     return in_pytorch(**named, ordinals=group.ordinals)

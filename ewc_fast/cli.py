@@ -8,18 +8,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-_DEMO_NEEDS = {"matplotlib", "mlxtend", "tqdm"}
-_EXPERIMENTS_NEED = {*_DEMO_NEEDS, "minatar", "peft", "scipy", "seaborn", "transformers"}
-_OF_THE_PARSER = {"command", "name"}
+import ewc_fast.experiments as experiments
+
+_NEEDED_BY_EXTRA = {
+    "demo": {"matplotlib", "mlxtend", "tqdm"},
+    "experiments": {"minatar", "peft", "scipy", "seaborn", "transformers"},
+    "ale": {"ale_py"},
+}
 _FAILED, _UNUSABLE = 1, 2  # exit codes; 2 is argparse's own for bad usage
+_EXIT_CODES = "Exit code 0 if what it claims held, 1 if not, 2 if it could not run."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand, ``info`` if none is named; return the exit code."""
-    arguments = _parser().parse_args(argv)
-    commands = {"demo": _demo, "experiment": _experiment}
-    return commands.get(arguments.command, lambda _: _info())(arguments)
+    arguments = vars(_parser().parse_args(argv))
+    command, name = arguments.pop("command"), arguments.pop("name", None)
+    return _shown(command, name, arguments) if command in ("demo", "experiment") else _info()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,64 +38,44 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="EWC against plain SGD and L2 on permuted MNIST",
         description="Learns three permuted MNIST tasks in turn by plain SGD, uniform L2 and EWC; "
-        "prints a table and saves a figure. Under three minutes on two cores. Exit code 0 if "
-        "SGD < L2 < EWC held, 1 if not, 2 if it could not run.",
+        "prints a table and saves a figure. Under three minutes on two cores, --quick under 30 "
+        f"seconds. It claims SGD < L2 < EWC. {_EXIT_CODES}",
     )
-    demo.add_argument("--quick", action="store_true", help="short form, under 30 seconds")
-    demo.add_argument(
-        "--seeds", type=_at_least_one, metavar="N", help="repetitions (default 3; quick: 1)"
-    )
-    demo.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the full MNIST's IDX files (train-images-idx3-ubyte and so on, plain or "
-        ".gz) to use instead of 5,000 images; takes much longer without --quick",
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("ewc_fast_demo"),
-        help="folder for the figure (default ./%(default)s)",
-    )
+    _add_options(demo, takes=("data",), out="ewc_fast_demo")
     experiment = commands.add_parser(
-        "experiment",
-        help="one of the experiments of the paper and of those who tested it",
-        description="Prints a table, writes a record (JSON) and a figure (PNG). Exit code 0 if "
-        "what it claims held, 1 if not, 2 if it could not run.",
+        "experiment", help="one of the experiments of the paper and of those who tested it"
     )
-    _add_experiments(experiment)
+    names = experiment.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, each in experiments.ALL.items():
+        description = f"Shows {each.summary}: a table, a record (JSON), a figure. {_EXIT_CODES}"
+        one = names.add_parser(name, help=each.summary, description=description)
+        _add_options(one, takes=each.takes, out="ewc_fast_experiments")
     return parser
 
 
-def _add_experiments(parser: argparse.ArgumentParser) -> None:
-    import ewc_fast.experiments as experiments
-
-    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
-    for name, each in experiments.ALL.items():
-        one = names.add_parser(name, help=each.summary, description=each.summary)
-        one.add_argument("--quick", action="store_true", help="small: shows that everything runs")
-        one.add_argument("--seeds", type=_at_least_one, metavar="N", help="repetitions")
-        one.add_argument(
-            "--workers", type=_at_least_one, metavar="N", help="processes (default: one a core)"
-        )
-        one.add_argument(
-            "--out",
+def _add_options(parser: argparse.ArgumentParser, *, takes: Sequence[str], out: str) -> None:
+    parser.add_argument("--quick", action="store_true", help="short form: less of everything")
+    parser.add_argument("--seeds", type=_at_least_one, metavar="N", help="repetitions")
+    parser.add_argument(
+        "--workers", type=_at_least_one, metavar="N", help="processes (default: one a core)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path(out),
+        help="folder for record and figure (default ./%(default)s)",
+    )
+    if "data" in takes:
+        parser.add_argument(
+            "--data",
             type=Path,
             metavar="DIR",
-            default=Path("ewc_fast_experiments"),
-            help="folder for record and figure (default ./%(default)s)",
+            help="folder of the full MNIST's IDX files (train-images-idx3-ubyte and so on, plain "
+            "or .gz) to use instead of 5,000 images; takes much longer",
         )
-        if "data" in each.takes:
-            one.add_argument(
-                "--data",
-                type=Path,
-                metavar="DIR",
-                help="folder of the full MNIST's IDX files, instead of 5,000 images",
-            )
-        if "suite" in each.takes:
-            one.add_argument("--suite", choices=["minatar", "ale"], default="minatar")
+    if "suite" in takes:
+        parser.add_argument("--suite", choices=["minatar", "ale"], default="minatar")
 
 
 def _at_least_one(text: str) -> int:
@@ -98,40 +84,27 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _shown(command: str, name: str | None, chosen: dict[str, Any]) -> int:
+    """Run the demo or the experiment of this name; say in one line why it could not run."""
+    options = experiments.Options(**chosen)
     try:
-        from ewc_fast import demo
+        held = experiments.demo(options) if name is None else experiments.run(name, options)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _DEMO_NEEDS:
-            raise
-        return _unusable(f"{package} is missing: pip install 'ewc-fast[demo]'")
-    try:
-        held = demo.run(
-            quick=arguments.quick, seeds=arguments.seeds, data=arguments.data, out=arguments.out
-        )
-    except (demo.IdxError, OSError) as error:
-        return _unusable(str(error))
-    return 0 if held else _FAILED
-
-
-def _experiment(arguments: argparse.Namespace) -> int:
-    import ewc_fast.experiments as experiments
-
-    chosen = {key: value for key, value in vars(arguments).items() if key not in _OF_THE_PARSER}
-    try:
-        held = experiments.run(arguments.name, experiments.Options(**chosen))
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXPERIMENTS_NEED:
-            raise
-        return _unusable(f"{package} is missing: pip install 'ewc-fast[experiments]'", "experiment")
+        return _unusable(command, _remedy(error))
     except OSError as error:
-        return _unusable(str(error), "experiment")
+        return _unusable(command, str(error))
     return 0 if held else _FAILED
 
 
-def _unusable(message: str, command: str = "demo") -> int:
+def _remedy(missing: ModuleNotFoundError) -> str:
+    package = (missing.name or "").partition(".")[0]
+    for extra, packages in _NEEDED_BY_EXTRA.items():
+        if package in packages:
+            return f"{package} is missing: pip install 'ewc-fast[{extra}]'"
+    raise missing  # no extra would bring it
+
+
+def _unusable(command: str, message: str) -> int:
     print(f"ewc-fast {command}: {message}", file=sys.stderr)
     return _UNUSABLE
 

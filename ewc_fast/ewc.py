@@ -55,9 +55,10 @@ class EWC(EWCState):
             see :func:`ewc_fast.importance.mas_importance`. Their lambda is ``ewc_lambda / 2``.
         ``"si"``
             synaptic intelligence (Zenke et al. 2017): the path integral
-            :math:`\omega = -\sum_t g \, \delta\theta` that :class:`~ewc_fast.EWCOptimizer`
-            accumulates in its steps, from the task's own gradient as it is when the step begins;
-            at a task's end :math:`\Omega = \max(\omega, 0) / (\Delta\theta^2 + \xi)`.
+            :math:`\omega = -\sum_t g \, \delta\theta` that :class:`~ewc_fast.EWCOptimizer` and
+            :mod:`ewc_fast.optim` accumulate in their steps, from the task's own gradient as it is
+            when the step begins; at a task's end
+            :math:`\Omega = \max(\omega, 0) / (\Delta\theta^2 + \xi)`.
             :meth:`consolidate` takes ``xi`` (0.1) and needs no data. Their strength c is
             ``ewc_lambda / 2``.
         ``"l2"``

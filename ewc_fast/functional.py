@@ -89,7 +89,7 @@ def penalty(
     """
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
     if torch.compiler.is_compiling():
-        strength = _in_graph("ewc_lambda", ewc_lambda)
+        strength = _checks.in_graph("ewc_lambda", ewc_lambda)
         value: Tensor = torch.ops.ewc_fast.penalty(*lists, strength)
     else:
         number = _checks.non_negative("ewc_lambda", ewc_lambda)
@@ -129,7 +129,7 @@ def add_penalty_grad_(
         as_list("anchor", anchor),
     )
     if torch.compiler.is_compiling():
-        strength = _in_graph("ewc_lambda", ewc_lambda)
+        strength = _checks.in_graph("ewc_lambda", ewc_lambda)
         with torch.no_grad():
             value: Tensor = torch.ops.ewc_fast.add_penalty_grad_(*lists, strength)
             return value + constant
@@ -276,18 +276,10 @@ def proximal_step_(
     """
     lists = as_list("params", params), as_list("fisher", fisher), as_list("anchor", anchor)
     if torch.compiler.is_compiling():
-        numbers = _in_graph("ewc_lambda", ewc_lambda), _in_graph("lr", lr)
+        numbers = _checks.in_graph("ewc_lambda", ewc_lambda), _checks.in_graph("lr", lr)
         with torch.no_grad():
             torch.ops.ewc_fast.proximal_step_(*lists, *numbers)
     else:
         ewc_lambda = _checks.non_negative("ewc_lambda", ewc_lambda)
         lr = _checks.non_negative("lr", lr)
         _engine.proximal_step_(*lists, ewc_lambda, lr, impl=impl, plan=plan)
-
-
-def _in_graph(name: str, number: float | Tensor) -> Tensor:
-    """Return a number as a compiled graph takes it: a tensor, checked when the graph runs."""
-    if isinstance(number, Tensor):
-        return number
-    checked = _checks.non_negative(name, number)
-    return torch.scalar_tensor(checked, dtype=torch.float64, device="cpu")

@@ -118,6 +118,12 @@ class LoRAPenalty:
     @ewc_lambda.setter
     def ewc_lambda(self, value: float) -> None:
         self._ewc_lambda = _checks.non_negative("ewc_lambda", value)
+        self._graph_lambda = torch.tensor(self._ewc_lambda, dtype=torch.float64, device="cpu")
+
+    @property
+    def _strength(self) -> float | Tensor:
+        """The strength; in ``torch.compile`` a tensor, so that a graph holds for every value."""
+        return self._graph_lambda if torch.compiler.is_compiling() else self._ewc_lambda
 
     @property
     def deltas(self) -> dict[str, LowRankDelta]:
@@ -127,7 +133,7 @@ class LoRAPenalty:
     def penalty(self) -> Tensor:
         """Return the penalty, a float64 scalar differentiable once in all A and B."""
         values = [_sum_of_squares(delta) for delta in self._deltas.values() if delta.moves]
-        return 0.5 * self.ewc_lambda * _total(values)
+        return 0.5 * self._strength * _total(values)
 
     @torch.no_grad()
     def add_penalty_grad_(self) -> Tensor:
@@ -138,11 +144,12 @@ class LoRAPenalty:
         values = []
         for delta in self._deltas.values():
             if delta.moves:
-                value, *halves = _with_half_gradients(delta)
+                factors = delta.lora_a, delta.lora_b
+                value, *halves = _with_half_gradients(delta.fisher, delta.scaling, *factors)
                 values.append(value)
-                for factor, half in zip((delta.lora_a, delta.lora_b), halves, strict=True):
-                    _add_to_gradient(factor, self.ewc_lambda * half)
-        return 0.5 * self.ewc_lambda * _total(values)
+                for factor, half in zip(factors, halves, strict=True):
+                    _add_to_gradient(factor, self._strength * half)
+        return 0.5 * self._strength * _total(values)
 
 
 def _total(values: list[Tensor]) -> Tensor:
@@ -161,40 +168,42 @@ def _add_to_gradient(factor: Tensor, pull: Tensor) -> None:
 
 def _sum_of_squares(delta: LowRankDelta) -> Tensor:
     if torch.is_grad_enabled():
-        total: Tensor = _SumOfSquares.apply(delta, delta.lora_a, delta.lora_b)
+        total: Tensor = _SumOfSquares.apply(delta.fisher, delta.scaling, delta.lora_a, delta.lora_b)
         return total
-    return _with_half_gradients(delta)[0]
+    return _with_half_gradients(delta.fisher, delta.scaling, delta.lora_a, delta.lora_b)[0]
 
 
 class _SumOfSquares(torch.autograd.Function):
     """sum F D^2. Its gradients are small and made with it, from the same read of F."""
 
     @staticmethod
-    def forward(ctx: Any, delta: LowRankDelta, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        value, half_a, half_b = _with_half_gradients(delta)
+    def forward(ctx: Any, fisher: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        value, half_a, half_b = _with_half_gradients(fisher, scaling, lora_a, lora_b)
         ctx.dtype = lora_a.dtype
         ctx.save_for_backward(half_a, half_b)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor]:
         half_a, half_b = ctx.saved_tensors
-        return None, (2 * grad * half_a).to(ctx.dtype), (2 * grad * half_b).to(ctx.dtype)
+        return None, None, (2 * grad * half_a).to(ctx.dtype), (2 * grad * half_b).to(ctx.dtype)
 
 
-def _with_half_gradients(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
+def _with_half_gradients(
+    fisher: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum F D^2 in float64, and half its gradients by A and B in the dtype computed in."""
-    a, b = (_precise(factor.detach()) for factor in (delta.lora_a, delta.lora_b))
+    a, b = _precise(lora_a.detach()), _precise(lora_b.detach())
     value = torch.zeros((), dtype=torch.float64, device=a.device)
     half_a, half_b = torch.zeros_like(a), torch.empty_like(b)
     with torch.autocast(a.device.type, enabled=False):
-        for rows in _blocks_of_rows(delta.fisher):
-            scaled = delta.scaling * b[rows]
+        for rows in _blocks_of_rows(fisher):
+            scaled = scaling * b[rows]
             change = scaled @ a
-            pull = delta.fisher[rows].to(a.dtype) * change
+            pull = fisher[rows].to(a.dtype) * change
             half_a += scaled.T @ pull
-            half_b[rows] = delta.scaling * (pull @ a.T)
+            half_b[rows] = scaling * (pull @ a.T)
             value += change.mul_(pull).sum(dtype=torch.float64)
     return value, half_a, half_b
 

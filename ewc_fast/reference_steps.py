@@ -17,11 +17,14 @@ Adam            :math:`m' = m + (1 - \beta_1)(g - m)`, :math:`v' = \beta_2 v + (
 SGD             :math:`b' = \mu b + (1 - d) g`, :math:`\theta \leftarrow \theta - \eta b'`
 springs         :math:`\theta \leftarrow (\theta + \eta\lambda F a) / (1 + \eta\lambda F)`
                 (``proximal=True``)
+path            :math:`\omega \mathrel{+}= g (\theta - \theta')`, g as it was given, and
+                :math:`\theta, \theta'` the parameter as it is kept, before and after
 ==============  ====================================================================
 
 Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019 (decoupled weight
 decay), https://arxiv.org/abs/1711.05101; Reddi et al. 2018 (amsgrad),
-https://arxiv.org/abs/1904.09237; Sutskever et al. 2013 (Nesterov's momentum).
+https://arxiv.org/abs/1904.09237; Sutskever et al. 2013 (Nesterov's momentum); Zenke et al. 2017
+(the path integral), https://arxiv.org/abs/1703.04200.
 """
 
 from __future__ import annotations
@@ -79,6 +82,7 @@ def adam_step_(
     fisher: Tensors | None = None,
     anchor: Tensors | None = None,
     master: Tensors | None = None,
+    path: Tensors | None = None,
     ordinals: Sequence[int] | None = None,
 ) -> Tensor:
     """Take a step of Adam; return the springs' penalty before it, a float64 scalar."""
@@ -86,7 +90,7 @@ def adam_step_(
     for i in range(len(params)):
         steps[i] += 1
         t = steps[i].item()
-        theta = _read(params, master, i)
+        theta, before = _read(params, master, i), _kept(params[i]).clone()
         grad = springs.pulled(i, _signed(grads[i], theta, options), theta)
         if options.decoupled:
             kept = theta * (1 - options.lr * options.weight_decay)
@@ -105,6 +109,8 @@ def adam_step_(
         exp_avgs[i].copy_(first)
         exp_avg_sqs[i].copy_(second)
         _write(params, master, i, springs.settled(i, moved), options, ordinals)
+        if path is not None:
+            path[i].add_(grads[i].to(before.dtype) * (before - _kept(params[i])))
     return springs.value()
 
 
@@ -118,12 +124,13 @@ def sgd_step_(
     fisher: Tensors | None = None,
     anchor: Tensors | None = None,
     master: Tensors | None = None,
+    path: Tensors | None = None,
     ordinals: Sequence[int] | None = None,
 ) -> Tensor:
     """Take a step of SGD; return the springs' penalty before it, a float64 scalar."""
     springs = _Springs(fisher, anchor, options)
     for i in range(len(params)):
-        theta = _read(params, master, i)
+        theta, before = _read(params, master, i), _kept(params[i]).clone()
         grad = springs.pulled(i, _signed(grads[i], theta, options), theta)
         grad = direction = _decayed(grad, theta, options)
         if momentum_buffers is not None:
@@ -133,6 +140,8 @@ def sgd_step_(
             momentum_buffers[i].copy_(buffer)
         moved = theta - options.lr * direction
         _write(params, master, i, springs.settled(i, moved), options, ordinals)
+        if path is not None:
+            path[i].add_(grads[i].to(before.dtype) * (before - _kept(params[i])))
     return springs.value()
 
 
@@ -181,8 +190,11 @@ def _read(params: Tensors, master: Tensors | None, i: int) -> Tensor:
     """Return the parameter in the dtype that is computed in."""
     if master is not None:
         return master[i].clone()
-    wide = torch.float64 if params[i].dtype == torch.float64 else torch.float32
-    return params[i].to(wide)
+    return _kept(params[i])
+
+
+def _kept(param: Tensor) -> Tensor:
+    return param.to(torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
 def _signed(grad: Tensor, theta: Tensor, options: AdamOptions | SgdOptions) -> Tensor:

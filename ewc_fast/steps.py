@@ -7,19 +7,14 @@ here too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ewc_fast import _checks, _steps
-from ewc_fast._checks import TensorList, as_list
 from ewc_fast._dispatch import Impl
 from ewc_fast._plan import Plan
-from ewc_fast.reference_steps import AdamOptions, SgdOptions
+from ewc_fast._prepare import Mode, prepare_adam_step, prepare_sgd_step
 
 Tensors = Tensor | Iterable[Tensor]
-Mode = Literal["gradient", "proximal"]
 
 
 def adam_step_(
@@ -38,9 +33,10 @@ def adam_step_(
     max_exp_avg_sqs: Tensors | None = None,
     fisher: Tensors | None = None,
     anchor: Tensors | None = None,
-    ewc_lambda: float = 0.0,
+    ewc_lambda: float | Tensor = 0.0,
     mode: Mode = "gradient",
     master: Tensors | None = None,
+    path: Tensors | None = None,
     rounding_seed: int | None = None,
     impl: Impl = "auto",
     plan: Plan | None = None,
@@ -66,11 +62,16 @@ def adam_step_(
     parameters: the step is taken there, and ``params`` become what it rounds to. Instead, bfloat16
     parameters may be rounded up or down by chance, right on average, from ``rounding_seed``.
 
+    ``path``, float32 (float64 beside float64), becomes :math:`\omega + g (\theta - \theta')`: the
+    path integral of synaptic intelligence (Zenke et al. 2017, https://arxiv.org/abs/1703.04200),
+    with ``grads`` as they were given, whatever springs, decay and ``maximize`` made of them, and
+    :math:`\theta, \theta'` the values of ``params`` before and after, rounded as they are kept.
+
     ``lr`` may be a scalar on the GPU, which is read there when the step runs: it and ``steps`` are
     all that changes from step to step, so that a CUDA graph of the step follows a schedule.
 
     Float32 parameters: 36 bytes of memory traffic each, beside 28 for a plain step and 48 for a
-    plain step after :func:`~ewc_fast.functional.add_penalty_grad_`.
+    plain step after :func:`~ewc_fast.functional.add_penalty_grad_`; 8 more with a path.
 
     Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; ``decoupled_weight_decay``: Loshchilov &
     Hutter 2019, https://arxiv.org/abs/1711.05101.
@@ -84,19 +85,6 @@ def adam_step_(
     >>> value.item(), theta.tolist()
     (3.0, [1.0, 0.5])
     """
-    rate, device_rate = _learning_rate(lr)
-    options = AdamOptions(
-        lr=rate,
-        weight_decay=_checks.non_negative("weight_decay", weight_decay),
-        ewc_lambda=_checks.non_negative("ewc_lambda", ewc_lambda),
-        maximize=maximize,
-        proximal=_is_proximal(mode),
-        rounding_seed=rounding_seed,
-        beta1=_checks.decay_rate("betas[0]", betas[0]),
-        beta2=_checks.decay_rate("betas[1]", betas[1]),
-        eps=_checks.non_negative("eps", eps),
-        decoupled=decoupled_weight_decay,
-    )
     lists = {
         "params": params,
         "grads": grads,
@@ -106,9 +94,24 @@ def adam_step_(
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
         "max_exp_avg_sqs": max_exp_avg_sqs,
+        "path": path,
         "steps": steps,
     }
-    return _steps.adam_step_(_present(lists, options), options, impl, plan, device_rate)
+    step = prepare_adam_step(
+        lists,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+        ewc_lambda=ewc_lambda,
+        mode=mode,
+        rounding_seed=rounding_seed,
+        impl=impl,
+        plan=plan,
+    )
+    return step()
 
 
 def sgd_step_(
@@ -125,9 +128,10 @@ def sgd_step_(
     maximize: bool = False,
     fisher: Tensors | None = None,
     anchor: Tensors | None = None,
-    ewc_lambda: float = 0.0,
+    ewc_lambda: float | Tensor = 0.0,
     mode: Mode = "gradient",
     master: Tensors | None = None,
+    path: Tensors | None = None,
     rounding_seed: int | None = None,
     impl: Impl = "auto",
     plan: Plan | None = None,
@@ -152,26 +156,6 @@ def sgd_step_(
     >>> value.item(), theta.tolist()
     (0.5, [0.5, 0.0])
     """
-    rate, device_rate = _learning_rate(lr)
-    options = SgdOptions(
-        lr=rate,
-        weight_decay=_checks.non_negative("weight_decay", weight_decay),
-        ewc_lambda=_checks.non_negative("ewc_lambda", ewc_lambda),
-        maximize=maximize,
-        proximal=_is_proximal(mode),
-        rounding_seed=rounding_seed,
-        momentum=_checks.non_negative("momentum", momentum),
-        dampening=_checks.finite("dampening", dampening),
-        nesterov=nesterov,
-        first=first,
-    )
-    if (momentum_buffers is None) != (momentum == 0):
-        raise ValueError(
-            "momentum_buffers: expected buffers with momentum, and none without, got "
-            f"momentum={momentum!r} and {'no ' if momentum_buffers is None else ''}buffers"
-        )
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError("nesterov: expected momentum > 0 and dampening 0 with it")
     lists = {
         "params": params,
         "grads": grads,
@@ -179,40 +163,21 @@ def sgd_step_(
         "anchor": anchor,
         "master": master,
         "momentum_buffers": momentum_buffers,
+        "path": path,
     }
-    return _steps.sgd_step_(_present(lists, options), options, impl, plan, device_rate)
-
-
-def _learning_rate(lr: float | Tensor) -> tuple[float, Tensor | None]:
-    """Return the learning rate as a number or, where it is on a GPU, as the tensor there.
-
-    Nobody waits for that one, nor is it looked at: a kernel reads it when it runs, so that a CUDA
-    graph takes what stands there at each replay.
-    """
-    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        return _checks.non_negative("lr", float(lr) if isinstance(lr, Tensor) else lr), None
-    if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            "lr: expected a number or a scalar of float32 or float64, got "
-            f"{lr.dtype} of shape {tuple(lr.shape)}"
-        )
-    return 0.0, lr
-
-
-def _is_proximal(mode: Mode) -> bool:
-    _checks.one_of("mode", mode, ("gradient", "proximal"))
-    return mode == "proximal"
-
-
-def _present(
-    lists: dict[str, Tensors | None], options: AdamOptions | SgdOptions
-) -> dict[str, TensorList]:
-    """Return the lists that are there, if those that need each other are."""
-    if (lists["fisher"] is None) != (lists["anchor"] is None):
-        missing, given = ("fisher", "anchor") if lists["fisher"] is None else ("anchor", "fisher")
-        raise ValueError(f"{missing}: expected one beside {given}, got None")
-    _checks.non_negative("ewc_lambda * lr", options.ewc_lambda * options.lr)
-    _checks.seed(options.rounding_seed, name="rounding_seed")
-    if lists["master"] is not None and options.rounding_seed is not None:
-        raise ValueError("rounding_seed: expected None beside master, which rounds to nearest")
-    return {name: as_list(name, tensors) for name, tensors in lists.items() if tensors is not None}
+    step = prepare_sgd_step(
+        lists,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        first=first,
+        maximize=maximize,
+        ewc_lambda=ewc_lambda,
+        mode=mode,
+        rounding_seed=rounding_seed,
+        impl=impl,
+        plan=plan,
+    )
+    return step()

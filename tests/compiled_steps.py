@@ -16,8 +16,14 @@ from torch._dynamo.utils import counters
 from training import batch, consolidated, loss
 
 from ewc_fast import EWCOptimizer
+from ewc_fast.optim import SGD, Adam, AdamW
 
-WAYS = ("loss", "in_place", "wrapper", "proximal")
+FUSED = {
+    "fused_sgd": lambda ps, ewc: SGD(ps, lr=torch.tensor(0.05), momentum=0.9, ewc=ewc),
+    "fused_adam": lambda ps, ewc: Adam(ps, lr=torch.tensor(0.01), ewc=ewc, amsgrad=True),
+    "fused_adamw": lambda ps, ewc: AdamW(ps, lr=torch.tensor(0.01), ewc=ewc, mode="proximal"),
+}
+WAYS = ("loss", "in_place", "wrapper", "proximal", *FUSED)
 STRENGTHS = (30.0, 30.0, 3.0, 0.0, 77.7)
 
 
@@ -36,7 +42,8 @@ class TraceableSGD(optim.Optimizer):
 
 def loop(way, model, ewc):
     """Return one whole step, which adds the penalty in one of the ways there are."""
-    inner = TraceableSGD(model.parameters(), lr=0.05)
+    make = FUSED.get(way, lambda params, _: TraceableSGD(params, lr=0.05))
+    inner = make(model.parameters(), ewc)
     mode = "proximal" if way == "proximal" else "gradient"
     optimizer = EWCOptimizer(inner, ewc, mode=mode) if way in ("wrapper", "proximal") else inner
 
@@ -50,7 +57,7 @@ def loop(way, model, ewc):
         if way == "in_place":
             ewc.add_penalty_grad_()
         optimizer.step()
-        return optimizer.last_penalty if way == "wrapper" else value.detach()
+        return optimizer.last_penalty if way in ("wrapper", *FUSED) else value.detach()
 
     return step
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 HERE = Path(__file__).parent / "cuda_on_host"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the core's order
+FISHER_DTYPES = [*DTYPES, torch.uint8]  # the last being codes
 
 
 class HostRow(ctypes.Structure):
     """A row as tests/cuda_on_host/rows.h reads it."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p * 9),
-        ("step", ctypes.c_int64 * 9),
+        ("data", ctypes.c_void_p * 10),
+        ("step", ctypes.c_int64 * 10),
         ("numel", ctypes.c_int64),
         ("samples", ctypes.c_int64),
         ("sample_stride", ctypes.c_int64),

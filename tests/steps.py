@@ -17,7 +17,7 @@ from ewc_fast.reference_steps import AdamOptions, SgdOptions
 
 SLOTS = {
     "params": 0, "grads": 1, "fisher": 2, "anchor": 3, "master": 4, "exp_avgs": 5,
-    "momentum_buffers": 5, "exp_avg_sqs": 6, "max_exp_avg_sqs": 7, "steps": 8,
+    "momentum_buffers": 5, "exp_avg_sqs": 6, "max_exp_avg_sqs": 7, "path": 8, "steps": 9,
 }  # fmt: skip
 Lists = dict[str, list[Tensor]]
 
@@ -41,6 +41,7 @@ class Step:
     master: bool = False
     fisher: torch.dtype | None = None  # None: the state's
     narrow: bool = False  # moments of 16-bit parameters are 16 bits wide too
+    path: bool = False
 
     @property
     def adam(self) -> bool:
@@ -71,6 +72,8 @@ class Step:
             made["steps"] = [torch.tensor(float(3 + i % 5)) for i in range(len(params))]
         elif self.options.momentum:
             made["momentum_buffers"] = _to(state(params), dtypes)
+        if self.path:
+            made["path"] = state(params)
         if self.amsgrad:
             made["max_exp_avg_sqs"] = _to([m.square() for m in state(params)], dtypes)
         return made
@@ -101,6 +104,10 @@ STEPS = {
     "adam_bfloat16_fisher_master": Step(ADAM, fisher=torch.bfloat16, master=True),
     "adam_by_chance": Step(ADAM._replace(rounding_seed=0xDEADBEEF)),
     "adam_betas": Step(ADAM._replace(beta1=0.0, beta2=0.3)),
+    "adam_path": Step(ADAM._replace(maximize=True, weight_decay=0.1), path=True),
+    "adam_path_proximal_amsgrad": Step(ADAM._replace(proximal=True), path=True, amsgrad=True),
+    "adam_path_master": Step(ADAM, path=True, master=True),
+    "adam_path_by_chance": Step(ADAM._replace(rounding_seed=7), path=True),
     "sgd": Step(SGD),
     "sgd_plain": Step(SGD._replace(momentum=0.0), springs=False),
     "sgd_no_momentum": Step(SGD._replace(momentum=0.0, maximize=True)),
@@ -108,5 +115,8 @@ STEPS = {
     "sgd_dampened_proximal": Step(SGD._replace(dampening=0.3, proximal=True)),
     "sgd_first": Step(SGD._replace(first=True, dampening=0.3)),
     "sgd_master": Step(SGD, master=True, fisher=torch.bfloat16),
+    "sgd_path": Step(SGD, path=True),
+    "sgd_path_plain": Step(SGD._replace(momentum=0.0), path=True, springs=False),
+    "sgd_path_master": Step(SGD._replace(proximal=True), path=True, master=True),
     "sgd_by_chance": Step(SGD._replace(rounding_seed=5), narrow=True),
 }

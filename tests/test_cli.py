@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import ewc_fast
-from ewc_fast import _native, cli, demo
+from ewc_fast import _native, cli, experiments
 
 INFO = [
     "ewc_fast",
@@ -79,50 +81,115 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert printed.splitlines()[0].split() == ["ewc_fast", ewc_fast.__version__]
 
 
-def test_importing_the_command_line_loads_nothing_of_the_demo(tmp_path):
+def test_importing_the_command_line_loads_nothing_of_the_experiments(tmp_path):
     code = "import sys, ewc_fast.cli; print(*sys.modules)"
     loaded = set(in_new_process("-c", code, cwd=tmp_path).stdout.split())
-    assert not loaded & {"matplotlib", "mlxtend", "ewc_fast.demo"}  # torch itself loads tqdm
+    assert not loaded & {"matplotlib", "mlxtend"}  # torch itself loads tqdm
+
+
+# What is shown: the demo and the experiments
+
+SHOWN = [
+    pytest.param(["demo"], id="demo"),
+    pytest.param(["experiment", "permuted-mnist"], id="experiment"),
+]
 
 
 @pytest.mark.parametrize(("held", "code"), [(True, 0), (False, 1)], ids=["held", "not held"])
 def test_the_exit_code_of_the_demo_is_its_verdict(held, code, monkeypatch):
     asked = []
-    monkeypatch.setattr(demo, "run", lambda **options: asked.append(options) or held)
+    monkeypatch.setattr(experiments, "demo", lambda options: asked.append(options) or held)
     assert cli.main(["demo", "--quick", "--seeds", "2"]) == code
-    (options,) = asked
-    assert options["quick"] is True
-    assert (options["seeds"], options["data"], str(options["out"])) == (2, None, "ewc_fast_demo")
+    assert asked == [experiments.Options(out=Path("ewc_fast_demo"), quick=True, seeds=2)]
 
 
+@pytest.mark.parametrize(("held", "code"), [(True, 0), (False, 1)], ids=["held", "not held"])
+def test_the_exit_code_of_an_experiment_is_whether_its_claims_held(held, code, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiments, "run", lambda *each: asked.append(each) or held)
+    assert cli.main(["experiment", "permuted-mnist", "--workers", "1", "--data", "x"]) == code
+    out, data = Path("ewc_fast_experiments"), Path("x")
+    assert asked == [("permuted-mnist", experiments.Options(out=out, workers=1, data=data))]
+
+
+@pytest.mark.parametrize("name", experiments.ALL)
+def test_every_experiment_is_a_module_with_run_that_takes_its_options(name):
+    source = Path(experiments.__file__).parent / f"{name.replace('-', '_')}.py"
+    path = source if source.exists() else source.with_suffix("") / "__init__.py"
+    statements = ast.parse(path.read_text()).body
+    functions = {each.name: each for each in statements if isinstance(each, ast.FunctionDef)}
+    run = functions["run"]
+    assert [argument.arg for argument in run.args.args] == ["options"]
+    options = cli._parser().parse_args(["experiment", name])
+    assert set(vars(options)) <= {"command", "name", *vars(experiments.Options(out=Path()))}
+
+
+def test_an_unknown_experiment_is_refused_with_the_names_that_are_known(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["experiment", "unheard-of"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "unheard-of" in message
+    assert all(name in message for name in experiments.ALL)
+
+
+@pytest.mark.parametrize("command", SHOWN)
 @pytest.mark.parametrize("package", ["matplotlib", "mlxtend", "tqdm"])
-def test_a_missing_extra_is_named_with_its_remedy(package, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("ewc_fast.demo")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(ewc_fast, "demo")
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)  # importing it then raises
-    assert cli.main(["demo"]) == 2
-    message = f"ewc-fast demo: {package} is missing: pip install 'ewc-fast[demo]'\n"
+def test_a_missing_extra_is_named_with_its_remedy(package, command, monkeypatch, capsys, tmp_path):
+    _forget(monkeypatch, package)
+    assert cli.main([*command, "--out", str(tmp_path)]) == 2
+    message = f"ewc-fast {command[0]}: {package} is missing: pip install 'ewc-fast[demo]'\n"
     assert capsys.readouterr().err == message
 
 
-def test_data_that_cannot_be_read_is_reported_without_a_traceback(tmp_path, capsys):
-    assert cli.main(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+def _forget(monkeypatch, package: str) -> None:
+    """Let a package be missing for all that is imported from now on."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == package or name.startswith("ewc_fast.experiments."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it then raises
+
+
+def test_what_one_experiment_needs_beyond_the_demo_is_named_with_its_extra(monkeypatch, capsys):
+    def run(name, options):
+        raise ModuleNotFoundError("No module named 'minatar.gui'", name="minatar.gui")
+
+    monkeypatch.setattr(experiments, "run", run)
+    assert cli.main(["experiment", "games"]) == 2
+    message = "ewc-fast experiment: minatar is missing: pip install 'ewc-fast[experiments]'\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_module_that_no_extra_would_bring_is_an_error_of_ours(monkeypatch):
+    def run(name, options):
+        raise ModuleNotFoundError("No module named 'unheard_of'", name="unheard_of")
+
+    monkeypatch.setattr(experiments, "run", run)
+    with pytest.raises(ModuleNotFoundError, match="unheard_of"):
+        cli.main(["experiment", "games"])
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_data_that_cannot_be_read_is_reported_without_a_traceback(command, tmp_path, capsys):
+    assert cli.main([*command, "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "train-images-idx3-ubyte: no such file" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_trained(tmp_path, capsys):
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_trained(
+    command, tmp_path, capsys
+):
     occupied = tmp_path / "file"
     occupied.touch()
-    assert cli.main(["demo", "--out", str(occupied)]) == 2
+    assert cli.main([*command, "--out", str(occupied)]) == 2
     assert str(occupied) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seeds", ["0", "-1", "two"])
-def test_a_number_of_seeds_below_one_is_refused(seeds, capsys):
+@pytest.mark.parametrize("command", SHOWN)
+@pytest.mark.parametrize("option", ["--seeds", "--workers"])
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_below_one_is_refused(number, option, command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["demo", "--seeds", seeds])
+        cli.main([*command, option, number])
     assert exit_.value.code == 2
     assert "expected an integer >= 1" in capsys.readouterr().err

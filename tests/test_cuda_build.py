@@ -17,6 +17,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 INSTANCES = 2 * 7  # for few rows and for many, of each dtype of parameters and Fisher
+READING = 2 * 10  # the same with a Fisher in 8 bits too, which is only read
 STEPS = 2 * 11  # of each dtype of parameters, Fisher and moments
 OPERATIONS = {  # by source, and the widest accesses of each operation that reads; that writes
     "penalty": {"AddPenaltyGrad": (128, 64), "Penalty": (128, 0), "PenaltyGrad": (128, 64)},
@@ -81,6 +82,8 @@ def kernels(compiled):
 
 def instances(source: str) -> int:
     """Return how many kernels an operation has."""
+    if source in ("penalty", "proximal_step"):
+        return READING
     return STEPS if source == "optimizer" else INSTANCES
 
 
@@ -118,6 +121,20 @@ def test_float_operations_move_all_operands_16_bytes_at_a_time(compiled, kernels
         for code in of_floats:
             assert widest(code, "LDG") == 128
             assert widest(code, "STG") == (128 if written else 64)  # 64: the block's own sum
+
+
+def test_codes_of_8_bits_move_four_at_a_time_beside_floats(compiled, kernels):
+    if instances(compiled.source) != READING:
+        pytest.skip("writes the Fisher, or has none in 8 bits")
+    for name in OPERATIONS[compiled.source]:
+        for params in "f", "6__half", "13__nv_bfloat16":
+            codes = [c for c in kernels[name] if re.search(rf"TypesI{params}NS\w*4e5m3E", c)]
+            assert len(codes) == 2
+            for code in codes:  # the four of one step apart, and the tail's
+                assert len(re.findall(r"\bLDG\.E\.U8\b", code)) <= 5
+            floats = [c for c in kernels[name] if f"TypesI{params}fE" in c.split(maxsplit=1)[0]]
+            wide = [len(re.findall(r"\bLDG\.E\.128\b", c)) for c in (codes[0], floats[0])]
+            assert wide[0] == wide[1] - 1  # the Fisher's own
 
 
 def test_float_steps_move_all_operands_16_bytes_at_a_time_and_load_before_they_compute(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_kernels import DTYPES, HERE, HostRow, build, host_row
+from encoded_lists import READING, pair_of_lists, shifted
+from host_kernels import DTYPES, FISHER_DTYPES, HERE, HostRow, build, host_row
 from list_operations import (
     OPERATIONS,
     ListOperation,
@@ -35,7 +36,7 @@ both_orders = pytest.mark.parametrize("reverse", [False, True], ids=["forward", 
 def row_of(operation: ListOperation, ordinal: int, row: tuple[torch.Tensor, ...]) -> HostRow:
     made = host_row(ordinal, dict(enumerate(row)))
     param, fisher = row[operation.param], row[operation.fisher]
-    made.numel, made.fisher = fisher.numel(), DTYPES.index(fisher.dtype)
+    made.numel, made.fisher = fisher.numel(), FISHER_DTYPES.index(fisher.dtype)
     made.dtype = DTYPES.index(param.dtype)
     if param.dim() > fisher.dim():
         made.samples, made.sample_stride = param.shape[0], param.stride(0)
@@ -203,6 +204,57 @@ def test_a_bfloat16_fisher_keeps_infinity_and_nan(run):
         assert fisher[0][4].isnan()
 
 
+def check_decoded(operation: ListOperation, run: Run, lists: Lists, twin: Lists, **options) -> int:
+    """Compare what comes of a Fisher in 8 bits with what comes of its values; return launches."""
+    before = like(lists)
+    value, launches = run(operation, lists, **options)
+    expected, _ = run(operation, twin, **options)
+    assert value == expected or not operation.sums
+    for place, (old, new) in enumerate(zip(before, lists, strict=True)):
+        same = old if place not in operation.written else twin[place]
+        assert all(map(torch.equal, same, new))
+    return launches - operation.sums
+
+
+every_reading = pytest.mark.parametrize("operation", READING.values(), ids=READING.keys())
+every_half = pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
+
+
+@both_orders
+@every_half
+@pytest.mark.parametrize(("sizes", "elements"), SIZES.values(), ids=SIZES.keys())
+@every_reading
+def test_every_code_is_decoded_as_in_the_specification(
+    run, operation, sizes, elements, dtype, reverse
+):
+    if elements == LARGE and reverse:
+        sizes = sizes[2:3]
+    pair = pair_of_lists(operation, [torch.randn(n).to(dtype) for n in sizes])
+    launches = check_decoded(operation, run, *pair, elements=elements, reverse=reverse)
+    assert launches == (sum(sizes) > 0)
+
+
+@every_half
+@every_reading
+def test_misaligned_codes_are_decoded_too(run, operation, dtype):
+    pair = pair_of_lists(operation, [torch.randn(n).to(dtype) for n in (1001, 5, 4098)])
+    places = range(len(pair[1]))
+    for misaligned in ([place] for place in places):
+        check_decoded(operation, run, *(shifted(lists, misaligned) for lists in pair))
+    check_decoded(operation, run, *(shifted(lists, places) for lists in pair))
+    check_decoded(operation, run, shifted(pair[0], [len(places)]), like(pair[1]))  # the scales
+
+
+@every_reading
+def test_codes_and_values_share_a_call(run, operation):
+    params = [torch.randn(n) for n in (300, 1025, 7)]
+    encoded, decoded = pair_of_lists(operation, params)
+    unused = [[torch.empty(0) for _ in params]]
+    both = [a + b for a, b in zip(encoded, like([*decoded, *unused]), strict=True)]
+    twice = [a + b for a, b in zip(like(decoded), like(decoded), strict=True)]
+    assert check_decoded(operation, run, both, twice) == 2
+
+
 @every_operation
 def test_both_thread_orders_give_the_same_bits(run, operation):
     lists = operation.make([torch.randn(50_000), torch.randn(3)], torch.bfloat16)
@@ -234,7 +286,7 @@ def test_nothing_is_read_or_written_outside_the_operands(tmp_path):
         "EWC_FAST_CUDA_ON_HOST": str(library),
         "OMP_NUM_THREADS": "1",
     }
-    quick = "every_element or misaligned or stacked or share"
+    quick = "every_element or misaligned or stacked or share or every_code"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(
         [*command, "-k", quick], env=environment, capture_output=True, text=True, cwd=HERE.parent

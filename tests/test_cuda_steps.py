@@ -37,8 +37,8 @@ def on(device: str, lists: Lists) -> Lists:
 
 
 def take(step: Step, lists: Lists, lr=None, plan=None, impl: Impl = "cuda") -> torch.Tensor:
-    run = _steps.adam_step_ if step.adam else _steps.sgd_step_
-    return run(lists, step.options, impl, plan, lr)
+    run = _steps.adam_step if step.adam else _steps.sgd_step
+    return run(lists, step.options, impl, plan, lr)()
 
 
 def assert_same(found: Lists, right: Lists) -> None:

@@ -1,4 +1,4 @@
-"""The 8-bit format is what it says: its grid, its rounding, its range, its kernel."""
+"""The 8-bit format is what it says: its grid, its rounding, its range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from ewc_fast._native import core
 from ewc_fast.formats import BLOCK, decode_e5m3, encode_e5m3, reencode_e5m3_
 
 # every value of a block, in units of its scale, by the definition
@@ -162,30 +161,3 @@ def test_the_seed_repeats_a_sum():
         states.append(codes)
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
-
-
-@pytest.mark.parametrize("level", range(len(core.vector_levels)), ids=core.vector_levels)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("numel", [1, 15, 256, 300, 16384 * 2 + 77])
-def test_the_kernel_gives_what_float32_gives_with_the_decoded_fisher(level, dtype, numel):
-    from ewc_fast._encoded import _ADD_PENALTY_GRAD
-    from ewc_fast._plan import ADD_PENALTY_GRAD, _core_plan
-
-    torch.set_num_threads(1)
-    fisher = heavy_tailed(numel, 4.0) * 1e-3
-    fisher[1::7] = 0
-    fisher[5::256] = 1e-40
-    codes, scales = encode_e5m3(fisher)
-    param, grad = torch.randn(numel).to(dtype), torch.randn(numel).to(dtype)
-    anchor, expected = torch.randn(numel), grad.clone()
-    plan = _core_plan(_ADD_PENALTY_GRAD, ())
-    assert plan.accepts([grad], [param], [anchor])
-    rows = [(codes.data_ptr(), scales.data_ptr(), numel)]
-    value = core.add_penalty_grad_e5m3(plan, rows, 3.0, 2, level)
-    plain = _core_plan(ADD_PENALTY_GRAD, ())
-    decoded = decode_e5m3(codes, scales)  # plans keep no tensor alive
-    assert plain.accepts([expected], [param], [decoded], [anchor])
-    assert value == core.add_penalty_grad(plain, 3.0, 2, level)
-    assert torch.equal(grad, expected)
-    with pytest.raises(ValueError, match="do not fit"):
-        core.add_penalty_grad_e5m3(plan, [(rows[0][0], rows[0][1], numel + 1)], 3.0, 2, level)

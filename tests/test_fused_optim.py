@@ -432,9 +432,30 @@ def test_half_precision_loses_no_more_than_pytorchs_fused_step(dtype, amsgrad):
     assert largest_gap(tensors_of(ours), tensors_of(exact)) <= allowed
 
 
-def test_the_path_of_synaptic_intelligence_is_refused():
+WRONG = {
+    "lr": lambda group: group.update(lr=-1.0),
+    "nan": lambda group: group.update(lr=torch.tensor(float("nan"))),
+    "weight_decay": lambda group: group.update(weight_decay=-1.0),
+    "overflow": lambda group: group.update(lr=3e38),
+    "kind": lambda group: group["params"].append(nn.Parameter(torch.ones(2, dtype=torch.cfloat))),
+}
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("kind", PAIRS)
+def test_what_is_wrong_in_a_later_group_stops_all_of_them(kind, spoil, mode):
     params = parameters()
-    ewc = EWC([(str(i), p) for i, p in enumerate(params)], ewc_lambda=1.0, importance="si")
-    for optimizer in PAIRS:
-        with pytest.raises(ValueError, match=r"importance='si'.*EWCOptimizer"):
-            optimizer(params, lr=0.1, ewc=ewc)
+    options = {"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = kind(groups, lr=0.01, ewc=consolidated(params, 100.0), mode=mode, **options)
+    spoil(optimizer.param_groups[1])
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.ones_like(p)
+    params[-1].grad = None
+    before = [p.detach().clone() for p in params]
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert not optimizer.state
+    assert optimizer.last_penalty is None
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "_steps": {
         *("_steps_gpu", "_engine", "_plan", "_checks", "_dispatch", "_native", "reference_steps")
     },
-    "steps": {"_steps", "_plan", "_checks", "_dispatch", "reference_steps"},
+    "_step_ops": {"_steps", "_checks", "reference_steps"},
+    "_prepare": {"_step_ops", "_steps", "_plan", "_checks", "_dispatch", "reference_steps"},
+    "steps": {"_prepare", "_plan", "_dispatch"},
     "functional": {"steps", "products", "_ops", "_engine", "_plan", "_checks", "_dispatch"},
     "formats": {"_checks", "reference"},
     "_springs": {"formats", "functional", "_checks", "_dispatch", "_native"},
@@ -42,6 +44,7 @@ MAY_IMPORT = {
         "offload",
         "_piecewise",
         "_springs",
+        "_engine",
         "_plan",
         "_checks",
         "_dispatch",
@@ -63,13 +66,12 @@ MAY_IMPORT = {
         "_dispatch",
     },
     "ewc": {"state", "drift", "fisher", "importance", "_encoded", "_springs", "_checks"},
-    "optim": {"ewc", "functional", "importance", "_springs", "_checks"},
+    "optim": {"ewc", "functional", "_prepare", "_steps", "importance", "_springs", "_checks"},
     "__init__": {"ewc", "optim", "fisher", "flat", "functional", "lora"},
     "environment": {"__init__", "_native"},
-    "demo": {"__init__", "experiments"},
     "experiments": {"__init__", "environment", "fisher", "optim"},
     "integrations": {"__init__"},
-    "cli": {"__init__", "demo", "environment", "experiments", "_native", "_triton"},
+    "cli": {"__init__", "environment", "experiments", "_native", "_triton"},
     "__main__": {"cli"},
 }
 

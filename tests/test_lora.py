@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import assert_within, u
+from torch._dynamo.utils import counters
 
 import ewc_fast.lora
 from ewc_fast import LoRAPenalty, LowRankDelta
@@ -164,3 +165,18 @@ def test_it_compiles_into_a_loss_without_graph_breaks():
     value = compiled()
     value.backward()
     assert_exact(change, value.detach(), (change.lora_a.grad, change.lora_b.grad), torch.float32)
+
+
+@pytest.mark.parametrize("way", ["penalty", "add_penalty_grad_"])
+def test_one_graph_serves_every_lambda(way):
+    torch._dynamo.reset()
+    counters.clear()
+    change = delta()
+    penalty = LoRAPenalty({"layer": change}, ewc_lambda=STRENGTH)
+    compiled = torch.compile(lambda: getattr(penalty, way)(), fullgraph=True, backend="aot_eager")
+    change.lora_a.grad, change.lora_b.grad = map(torch.zeros_like, (change.lora_a, change.lora_b))
+    for strength in (STRENGTH, 0.0, 3.5, 1e4):
+        penalty.ewc_lambda = strength
+        value = getattr(penalty, way)().item()
+        assert abs(compiled().item() - value) <= 8 * u(torch.float64) * value
+    assert counters["stats"]["unique_graphs"] == 1

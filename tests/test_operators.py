@@ -29,6 +29,22 @@ def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
+SHARED = {"weight_decay": 0.1, "maximize": False, "proximal": False}
+ADAM = SHARED | {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decoupled": False}
+SGD = SHARED | {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "first": False}
+
+
+def adam_operands(params, fisher, anchor, amsgrad=False):
+    master = [p.float() for p in params if p.dtype == torch.bfloat16] if amsgrad else []
+    moments = [[torch.rand_like(p, dtype=torch.float32) for p in params] for _ in range(3)]
+    steps = [torch.tensor(3.0) for _ in params]
+    return (
+        *(params, copies(params), fisher, anchor, master, *moments[: 2 + amsgrad]),
+        *([] if amsgrad else [[]]),
+        *([], steps, number(0.1), number(2.0), None),
+    )
+
+
 CALLS = {
     "penalty": lambda p, f, a: (OPS.penalty, ([t.requires_grad_() for t in p], f, a, number(2.0))),
     "add_penalty_grad_": lambda p, f, a: (OPS.add_penalty_grad_, (copies(p), p, f, a, number(2.0))),
@@ -48,6 +64,23 @@ CALLS = {
         OPS.merge_online_,
         (half(f), a, copies(f), p, 0.9, 7),
     ),
+    "adam_step_": lambda p, f, a: (OPS.adam_step_, adam_operands(p, f, a), ADAM),
+    "adam_step_with_all_there_is": lambda p, f, a: (
+        OPS.adam_step_,
+        adam_operands(p, f, a, amsgrad=True),
+        ADAM | {"proximal": True, "decoupled": True},
+    ),
+    "adam_step_without_springs": lambda p, f, a: (OPS.adam_step_, adam_operands(p, [], []), ADAM),
+    "sgd_step_": lambda p, f, a: (
+        OPS.sgd_step_,
+        (p, copies(p), f, a, [], copies(p), [], number(0.1), number(2.0), None),
+        SGD,
+    ),
+    "sgd_step_with_a_seed": lambda p, f, a: (
+        OPS.sgd_step_,
+        (p, copies(p), f, a, [], [], [], number(0.1), number(2.0), torch.tensor(7)),
+        SGD | {"momentum": 0.0},
+    ),
     "penalty_with_a_bfloat16_fisher": lambda p, f, a: (
         OPS.penalty,
         ([t.requires_grad_() for t in p], half(f), a, number(2.0)),
@@ -58,8 +91,8 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
 def test_the_operator_keeps_pytorchs_contract(make, dtype):
-    op, arguments = make(*operands(dtype))
-    opcheck(op.default, arguments)
+    op, arguments, *options = make(*operands(dtype))
+    opcheck(op.default, arguments, *options)
 
 
 def test_the_penalty_compiles_into_a_loss_without_graph_breaks():

@@ -31,6 +31,11 @@ OPTIONS = [
     pytest.param({"ewc_lambda": 0.5, "weight_decay": 0.1, "maximize": True}, id="decay"),
     pytest.param({"ewc_lambda": 0.5, "rounding_seed": 7}, id="by-chance"),
 ]
+WITH_PATH = [
+    pytest.param({"ewc_lambda": 3.0, "maximize": True}, id="gradient"),
+    pytest.param({"ewc_lambda": 3.0, "mode": "proximal", "weight_decay": 0.1}, id="proximal"),
+    pytest.param({"ewc_lambda": 0.5, "rounding_seed": 7}, id="by-chance"),
+]
 
 
 def operands(kind, layout, springs, amsgrad=False):
@@ -83,6 +88,22 @@ def test_the_compiled_step_has_the_references_bits(kind, layout, options):
     exact = run(kind, wanted, **options, **extra, impl="reference")
     assert_same(found, wanted)
     torch.testing.assert_close(value, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", WITH_PATH)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_NAMES)
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_path_has_the_references_bits_and_changes_nothing_else(kind, layout, options):
+    if layout[3] and "rounding_seed" in options:
+        options = {name: value for name, value in options.items() if name != "rounding_seed"}
+    found, wanted, plain = (operands(kind, layout, True) for _ in range(3))
+    for lists in (found, wanted):
+        lists["path"] = [torch.full(size, 0.25) for size in SIZES]
+    run(kind, found, **options)
+    run(kind, wanted, **options, impl="reference")
+    run(kind, plain, **options)
+    assert_same(found, wanted)
+    assert_same(plain, found)
 
 
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
@@ -170,6 +191,8 @@ WRONG = [
     ({}, {"steps": [torch.zeros(1)]}, ValueError, r"steps\[0\].*scalar"),
     ({}, {"steps": [torch.zeros((), dtype=torch.int64)]}, TypeError, r"steps\[0\]"),
     ({}, {"anchor": [torch.zeros(2, dtype=torch.bfloat16)]}, TypeError, r"anchor\[0\]"),
+    ({}, {"path": [torch.zeros(2, dtype=torch.bfloat16)]}, TypeError, r"path\[0\]"),
+    ({}, {"path": []}, ValueError, "path"),
     ({"rounding_seed": 1}, {"master": [torch.zeros(2)]}, ValueError, "rounding_seed"),
 ]
 

@@ -18,7 +18,8 @@ from cross_compile import ARCHITECTURES, Compiled, Job, compile_all, job
 from ewc_fast._triton import launch
 from ewc_fast._triton.table import OPERANDS, Launch
 
-# Operands: T parameters and gradients, S state, F the Fisher, R the residual; written in capitals.
+# Operands: T parameters and gradients, S state, F the Fisher, R the residual, E a Fisher's codes of
+# 8 bits and C their scales (which are read one by one); written in capitals.
 OPERATIONS = {
     "add_penalty_grad_": "Ttfs",
     "penalty": "tfs",
@@ -28,22 +29,32 @@ OPERATIONS = {
     "merge_online_": "FSst",
     "proximal_step_": "Tfs",
 }
+ENCODED = {
+    "add_penalty_grad_": "Ttesc",
+    "penalty": "tesc",
+    "penalty_grad": "Ttesc",
+    "proximal_step_": "Tesc",
+}
 PARAMS = {80: torch.bfloat16, 90: torch.float32, 100: torch.float64}
 FISHER = {80: torch.bfloat16, 90: torch.float32, 100: torch.float64}
 
 
-def dtypes_of(operation: str, arch: int) -> tuple[torch.dtype, ...]:
-    state = torch.float64 if PARAMS[arch] == torch.float64 else torch.float32
-    kinds = {"t": PARAMS[arch], "s": state, "f": FISHER[arch], "r": torch.bfloat16}
-    return tuple(kinds[letter] for letter in OPERATIONS[operation].lower())
+def dtypes_of(operands: str, arch: int) -> tuple[torch.dtype, ...]:
+    params = PARAMS[arch]
+    if "e" in operands and params == torch.float64:  # beside which no Fisher is in 8 bits
+        params = torch.float16
+    state = torch.float64 if params == torch.float64 else torch.float32
+    kinds = {"t": params, "s": state, "f": FISHER[arch], "r": torch.bfloat16}
+    kinds |= {"e": torch.uint8, "c": torch.float32}
+    return tuple(kinds[letter] for letter in operands.lower())
 
 
-def job_of(operation: str, arch: int, kernel: str) -> Job:
-    dtypes = dtypes_of(operation, arch)
+def job_of(operation: str, operands: str, arch: int, kernel: str) -> Job:
+    dtypes = dtypes_of(operands, arch)
     constants = launch.constants(operation, Launch(dtypes, [0], 0, 1))
     padded = dtypes + dtypes[-1:] * (OPERANDS - len(dtypes))
     constants |= {f"D{i}": named(dtype) for i, dtype in enumerate(padded)}
-    wide = operation.startswith("merge") or PARAMS[arch] == torch.float64
+    wide = operation.startswith("merge") or torch.float64 in dtypes
     constants["COMPUTE"] = named(torch.float64 if wide else torch.float32)
     types = {"first_chunk": "i64", "coefficient": "fp64", "seed": "u32"}
     if kernel == "over_rows":
@@ -66,8 +77,16 @@ def named(dtype: torch.dtype) -> str:
 
 
 # The list's kernel for all, a flat buffer's for the hottest: the two share all but how they begin.
-CASES = [(operation, arch, "over_rows") for arch in ARCHITECTURES for operation in OPERATIONS]
-CASES += [("add_penalty_grad_", arch, "over_one_row") for arch in ARCHITECTURES]
+CASES = [
+    (operation, operands, arch, "over_rows")
+    for arch in ARCHITECTURES
+    for operation, operands in (*OPERATIONS.items(), *ENCODED.items())
+]
+CASES += [
+    ("add_penalty_grad_", which["add_penalty_grad_"], arch, "over_one_row")
+    for arch in ARCHITECTURES
+    for which in (OPERATIONS, ENCODED)
+]
 
 
 SUM = job(
@@ -91,15 +110,20 @@ def test_the_sum_of_partial_sums_spills_nothing(machine_code):
     assert machine_code["sum"].registers <= 128
 
 
-@pytest.mark.parametrize(("operation", "arch", "kernel"), CASES)
-def test_whole_blocks_go_in_wide_accesses_without_spills(operation, arch, kernel, machine_code):
-    code = machine_code[operation, arch, kernel]
+@pytest.mark.parametrize(("operation", "operands", "arch", "kernel"), CASES)
+def test_whole_blocks_go_in_wide_accesses_without_spills(
+    operation, operands, arch, kernel, machine_code
+):
+    code = machine_code[operation, operands, arch, kernel]
     assert code.stack == 0
     assert code.registers <= 128  # four blocks or more of 128 threads on a multiprocessor
     # generic accesses would mean that the compiler lost the pointers' address space
     assert not code.count(r"(LD|ST)\.E|(LDL|STL)")
-    vector = 2 if PARAMS[arch] == torch.float64 else 4
-    for letter, dtype in zip(OPERATIONS[operation], dtypes_of(operation, arch), strict=True):
+    dtypes = dtypes_of(operands, arch)
+    vector = 2 if torch.float64 in dtypes else 4
+    for letter, dtype in zip(operands, dtypes, strict=True):
+        if letter == "c":
+            continue
         width = vector * dtype.itemsize * 8
         if letter != "T" or operation != "penalty_grad":  # whose output is not read
             assert moves("ld", width, code), f"{width}-bit loads"
@@ -118,6 +142,6 @@ def moves(direction: str, bits: int, code: Compiled) -> bool:
 
 def test_nothing_waits_for_other_threads_between_loads_and_stores(machine_code):
     """Where a load's layout differs from the store's, threads exchange through shared memory."""
-    for operation, arch, kernel in CASES:
-        if operation not in launch._FACTORS:  # which have a sum at the end
-            assert "BAR" not in machine_code[operation, arch, kernel].sass
+    for case in CASES:
+        if case[0] not in launch._FACTORS:  # which have a sum at the end
+            assert "BAR" not in machine_code[case].sass

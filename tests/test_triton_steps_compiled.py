@@ -24,10 +24,14 @@ CASES = {  # dtype of the parameters, and the step
     "adam_master": (torch.bfloat16, replace(STEPS["adam_master"], fisher=torch.bfloat16)),
     "adam_by_chance": (torch.bfloat16, STEPS["adam_by_chance"]),
     "adam_moments": (torch.float16, STEPS["adam_moments"]),
+    "adam_path": (torch.float32, STEPS["adam_path"]),
+    "adam_path_master": (torch.bfloat16, STEPS["adam_path_master"]),
     "sgd": (torch.float32, STEPS["sgd_nesterov"]),
     "sgd_plain": (torch.float32, STEPS["sgd_plain"]),
 }
-WRITTEN = {"params", "master", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers"}
+WRITTEN = {
+    "params", "master", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers", "path",
+}  # fmt: skip
 
 
 def named(dtype: torch.dtype) -> str:
@@ -69,13 +73,13 @@ KERNELS += [("adamw", arch, "over_one_row") for arch in ARCHITECTURES]
 NUMBERS = dict.fromkeys(("lr_number", "weight_decay", "ewc_lambda"), "fp64")
 FIRST = {
     "adam": job(
-        "ewc_fast._triton.step_kernels:adam_coefficients",
+        "ewc_fast._triton.step_coefficients:adam_coefficients",
         {"coefficients": "*fp64", "records": "*i64", "address": "i64", "rows": "i32", "lr": "*fp32",
          **NUMBERS, "beta1": "fp64", "beta2": "fp64", "eps": "fp64"},
         {"DECOUPLED": True, "BLOCK": 128}, arch=90,
     ),
     "sgd": job(
-        "ewc_fast._triton.step_kernels:sgd_coefficients",
+        "ewc_fast._triton.step_coefficients:sgd_coefficients",
         {"coefficients": "*fp64", **NUMBERS, "momentum": "fp64", "dampening": "fp64"},
         {"lr": None}, arch=90,
     ),
@@ -104,7 +108,7 @@ def test_whole_blocks_go_in_wide_accesses_without_spills(case, arch, kernel, mac
     for direction, operands in (("ld", dtypes_of(dtype, step)), ("st", WRITTEN)):
         of_width: dict[int, int] = {}
         for name, its in dtypes_of(dtype, step).items():
-            read = name != "steps" and not (name == "params" and step.master)
+            read = name != "steps" and not (name == "params" and step.master and not step.path)
             if name in operands and (read or direction == "st"):
                 width = vector * its.itemsize * 8
                 of_width[width] = of_width.get(width, 0) + 1

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from .shared.experiment import Experiment, Options, conduct
 
-__all__ = ["ALL", "Options", "run"]
+__all__ = ["ALL", "Options", "demo", "run"]
 
 _LISTED = [
     Experiment("permuted-mnist", "three tasks in turn (figure 2A)", ("data",)),
@@ -23,7 +23,7 @@ _LISTED = [
     Experiment("scaling", "time against the number of parameters and of samples"),
     Experiment("games", "deep Q-learning on a sequence of games", ("suite",)),
     Experiment("language", "a language model on two domains, full weights and LoRA"),
-    Experiment("lambda", "accuracy against lambda, for both modes of the optimizer"),
+    Experiment("lambda-sweep", "accuracy against lambda, for both modes of the optimizer"),
 ]
 ALL = {experiment.name: experiment for experiment in _LISTED}
 
@@ -40,3 +40,9 @@ def run(name: str, options: Options) -> bool:
     """
     module = import_module(f".{name.replace('-', '_')}", __name__)
     return conduct(name, module.run, options)
+
+
+def demo(options: Options) -> bool:
+    """Run the short form of ``permuted-mnist``, with strengths chosen beforehand; else as above."""
+    module = import_module(".permuted_mnist", __name__)
+    return conduct("permuted_mnist", module.demo, options)

@@ -1,4 +1,4 @@
-// bfloat16, float16 and e5m3 as storage: converted to float to compute, rounded to nearest even to
+// bfloat16 and float16 as storage: converted to float to compute, rounded to nearest even to
 // keep (a Fisher in bfloat16, by chance). Plain integer arithmetic without branches, so that
 // compilers vectorise it at every level.
 #pragma once
@@ -15,17 +15,7 @@ struct bfloat16 {
 struct float16 {
   std::uint16_t bits;
 };
-// A Fisher in 8 bits, 5 of exponent and 3 of mantissa, in units of its block's scale (a power of
-// two): 0, or 2^(e - 31) (1 + m / 8). ewc_fast/formats.py specifies it, and encodes.
-struct e5m3 {
-  std::uint8_t bits;
-};
 
-EWC_FAST_FORMULA float float_of(std::uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
 EWC_FAST_FORMULA std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
@@ -45,11 +35,6 @@ EWC_FAST_FORMULA float load(float16 value) {
   const std::uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN
   const std::uint32_t bits = magnitude >= 0x0f800000u ? special : finite;
   return float_of(bits | (value.bits & 0x8000u) << 16);
-}
-
-EWC_FAST_FORMULA float load(e5m3 value) {
-  const std::uint32_t bits = value.bits;
-  return float_of(bits == 0 ? 0 : (bits << 20) + (96u << 23));
 }
 
 EWC_FAST_FORMULA void store(float& target, float value) { target = value; }

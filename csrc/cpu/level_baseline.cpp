@@ -1,3 +1,4 @@
+#include "encoded_loops.h"
 #include "loops.h"
 
 namespace ewc_fast::cpu {

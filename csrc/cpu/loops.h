@@ -1,5 +1,6 @@
-// The loops themselves. Included by level_*.cpp, each compiled for its own vector level; therefore
-// everything here has internal linkage and no standard header with code is included.
+// The loops themselves. Included by level_*.cpp with encoded_loops.h, each compiled for its own
+// vector level; therefore everything here has internal linkage and no standard header with code is
+// included.
 #pragma once
 
 #include "depthwise_loops.h"
@@ -39,63 +40,64 @@ EWC_FAST_FORMULA void keep(bfloat16& fisher, V value, Rounding rounding) {
   store_stochastically(fisher, static_cast<float>(value), random);
 }
 
+// Calls work(first element, how many) for runs of n elements.
+template <std::int64_t Run, class Work>
+inline __attribute__((always_inline)) void for_each_run(std::int64_t n, Work work) {
+  for (std::int64_t first = 0; first < n; first += Run)
+    work(first, n - first < Run ? n - first : Run);
+}
+
 // T: of the parameters; F: of the Fisher.
-template <class T, class F>
-double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, const void* anchor_,
-                        std::int64_t n, double ewc_lambda_) {
-  using C = typename Types<T>::compute;
-  using S = typename Types<T>::state;
-  T* __restrict grad = static_cast<T*>(grad_);
-  const T* __restrict param = static_cast<const T*>(param_);
-  const F* __restrict fisher = static_cast<const F*>(fisher_);
-  const S* __restrict anchor = static_cast<const S*>(anchor_);
-  const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_terms<C>(n, [=](std::int64_t i) __attribute__((always_inline)) {
+template <class T, class F, class C = typename Types<T>::compute>
+inline __attribute__((always_inline)) void add_penalty_grad_run(
+    RunningSum<C>& sum, T* __restrict grad, const T* __restrict param, const F* __restrict fisher,
+    const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
+  sum.add(n, [=](std::int64_t i) __attribute__((always_inline)) {
     const C distance = load(param[i]) - anchor[i];
     const C pull = penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance);
     store(grad[i], load(grad[i]) + pull);
     return pull * distance;
   });
 }
-
-// The same with a Fisher of 8 bits, decoded a stretch at a time into the first-level cache:
-// exactly, for a scale is a power of two. What a float32 Fisher of these values gives, this gives
-// bit by bit.
-template <class T>
-double add_penalty_grad_e5m3(void* grad_, const void* param_, const void* codes_,
-                             const float* scales, const void* anchor_, std::int64_t n,
-                             double ewc_lambda) {
-  using S = typename Types<T>::state;
-  const e5m3* __restrict codes = static_cast<const e5m3*>(codes_);
-  S decoded[kFlush];
-  double total = 0;
-  for (std::int64_t begin = 0; begin < n; begin += kFlush) {
-    const std::int64_t length = n - begin < kFlush ? n - begin : kFlush;
-    for (std::int64_t first = 0; first < length; first += kEncodedBlock) {
-      const std::int64_t last = first + kEncodedBlock < length ? first + kEncodedBlock : length;
-      const float scale = scales[(begin + first) / kEncodedBlock];
-      for (std::int64_t i = first; i < last; ++i) decoded[i] = load(codes[begin + i]) * scale;
-    }
-    total += add_penalty_grad<T, S>(static_cast<T*>(grad_) + begin,
-                                    static_cast<const T*>(param_) + begin, decoded,
-                                    static_cast<const S*>(anchor_) + begin, length, ewc_lambda);
-  }
-  return total;
+template <class T, class F>
+double add_penalty_grad(void* grad_, const void* param_, const void* fisher_, const void* anchor_,
+                        std::int64_t n, double ewc_lambda_) {
+  using C = typename Types<T>::compute;
+  T* grad = static_cast<T*>(grad_);
+  const T* param = static_cast<const T*>(param_);
+  const F* fisher = static_cast<const F*>(fisher_);
+  const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
+  const C ewc_lambda = static_cast<C>(ewc_lambda_);
+  RunningSum<C> sum;
+  for_each_run<kFlush>(n, [&](std::int64_t first, std::int64_t length) {
+    add_penalty_grad_run<T, F>(sum, grad + first, param + first, fisher + first, anchor + first,
+                               length, ewc_lambda);
+  });
+  return sum.total();
 }
 
+template <class T, class F, class C = typename Types<T>::compute>
+inline __attribute__((always_inline)) void penalty_run(
+    RunningSum<C>& sum, const T* __restrict param, const F* __restrict fisher,
+    const typename Types<T>::state* __restrict anchor, std::int64_t n, C ewc_lambda) {
+  sum.add(n, [=](std::int64_t i) __attribute__((always_inline)) {
+    const C distance = load(param[i]) - anchor[i];
+    return penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance) * distance;
+  });
+}
 template <class T, class F>
 double penalty(const void* param_, const void* fisher_, const void* anchor_, std::int64_t n,
                double ewc_lambda_) {
   using C = typename Types<T>::compute;
-  using S = typename Types<T>::state;
-  const T* __restrict param = static_cast<const T*>(param_);
-  const F* __restrict fisher = static_cast<const F*>(fisher_);
-  const S* __restrict anchor = static_cast<const S*>(anchor_);
+  const T* param = static_cast<const T*>(param_);
+  const F* fisher = static_cast<const F*>(fisher_);
+  const auto* anchor = static_cast<const typename Types<T>::state*>(anchor_);
   const C ewc_lambda = static_cast<C>(ewc_lambda_);
-  return sum_terms<C>(n, [=](std::int64_t i) __attribute__((always_inline)) {
-    const C distance = load(param[i]) - anchor[i];
-    return penalty_gradient<C>(ewc_lambda, load(fisher[i]), distance) * distance;
+  RunningSum<C> sum;
+  for_each_run<kFlush>(n, [&](std::int64_t first, std::int64_t length) {
+    penalty_run<T, F>(sum, param + first, fisher + first, anchor + first, length, ewc_lambda);
   });
+  return sum.total();
 }
 
 template <class T, class F>
@@ -225,6 +227,6 @@ void proximal_step(void* param_, const void* fisher_, const void* anchor_, std::
    EWC_FAST_FISHER_INSTANCES(merge),             \
    EWC_FAST_FISHER_INSTANCES(merge_online),      \
    EWC_FAST_FISHER_INSTANCES(proximal_step),     \
-   EWC_FAST_INSTANCES(add_penalty_grad_e5m3),    \
+   EWC_FAST_ENCODED_KERNELS,                     \
    EWC_FAST_PRODUCT_KERNELS,                     \
    &steps}

@@ -1,5 +1,6 @@
 // The operations over all chunks of a table, on several threads. Operands stand in the order of
-// each comment; values are sums over chunks in their order, the same for any number of threads.
+// each comment, and behind them the scales of a Fisher in 8 bits, if there is one; values are sums
+// over chunks in their order, the same for any number of threads.
 #pragma once
 
 #include "kernels.h"
@@ -17,16 +18,6 @@ double add_penalty_grad(const Table& table, Run run, double ewc_lambda);  // gra
 double penalty(const Table& table, Run run, double ewc_lambda);           // param, F, a
 void penalty_grad(const Table& table, Run run, double ewc_lambda);        // out, param, F, a
 void proximal_step(const Table& table, Run run, double eta_lambda);       // param, F, a
-
-// The Fisher of a row in 8 bits, in the order of the row's memory. It has no strides of its own and
-// is no operand of the table.
-struct EncodedFisher {
-  const char* codes;
-  const float* scales;
-  std::int64_t numel;
-};
-double add_penalty_grad_e5m3(const Table& table, Run run, const std::vector<EncodedFisher>& fisher,
-                             double ewc_lambda);  // grad, param, a
 
 // These write F. Where it is bfloat16, the seed says which way each element is rounded.
 void accumulate_square(const Table& table, Run run, double weight, std::uint32_t seed);  // F, grads

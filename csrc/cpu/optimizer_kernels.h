@@ -20,6 +20,7 @@ struct StepChunk {
 // Bytes an element, of float:
 //   adam  read g, theta, m, v, F, a, write theta, m, v     36; without springs 28, amsgrad 8 more
 //   sgd   read g, theta, b, F, a, write theta, b           28; without momentum 20
+// A path takes 8 more.
 // 16-bit parameters and gradients take 2 bytes for each read and write of theta and g, 16-bit
 // moments too. A master copy is read and written, its parameters then are only written.
 struct StepKernels {

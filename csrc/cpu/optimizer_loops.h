@@ -16,7 +16,8 @@
 namespace ewc_fast::cpu {
 namespace {
 
-constexpr std::int64_t kBlock = 512;  // eight operands of float: 16 KB
+// A kilobyte of floats: all operands and buffers of a block stay in the first-level cache.
+constexpr std::int64_t kBlock = 256;
 
 template <class C>
 using Buffer = C[kBlock];
@@ -56,6 +57,24 @@ void keep_by_chance(void* data, std::int64_t begin, std::int64_t n, const C* __r
   }
 }
 
+// The parameters as they are kept, copied: a step overwrites them.
+template <class C>
+void copy_kept(const StepChunk& chunk, std::int64_t begin, std::int64_t n, C* __restrict buffer) {
+  const C* kept = staged<C>(chunk.data[kStepParam], chunk.param, begin, n, buffer);
+  if (kept == buffer) return;
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = kept[i];
+}
+
+// Adds to the path integral what a step has done to the parameters.
+template <class C>
+void follow(const StepChunk& chunk, std::int64_t begin, std::int64_t n, const C* __restrict grad,
+            const C* __restrict before) {
+  alignas(64) Buffer<C> buffer;
+  const C* __restrict after = staged<C>(chunk.data[kStepParam], chunk.param, begin, n, buffer);
+  C* __restrict path = static_cast<C*>(chunk.data[kStepPath]) + begin;
+  for (std::int64_t i = 0; i < n; ++i) path[i] = path[i] + path_term(grad[i], before[i], after[i]);
+}
+
 enum class Springs { none, gradient, proximal };
 
 // One block's operands as C.
@@ -69,38 +88,47 @@ struct Block {
 };
 
 // Takes the step of every element: springs and weight decay here, update(i, gradient, theta) is
-// what the optimizer makes of them. Returns sum lambda F (theta - a)^2, added up in a loop of its
-// own: beside the update compilers would vectorise neither.
+// what the optimizer makes of them. Adds lambda F (theta - a)^2 to `terms`.
+//
+// Not in one loop: F and anchor are read in a loop of their own, before the update or after it.
+// Memory then has four streams to follow at a time instead of six, and the divisions of the update
+// overlap with reads. On a Zen 4 and 1e8 elements that took 11 % (gradient) and 17 % (proximal) off
+// Adam's step, down to the time of a bare loop over the same streams that divides nothing. Touching
+// or prefetching the streams one after the other, a block ahead, made it slower by half.
 template <class C, Springs springs, class Update>
-double walk(const Block<C> block, Update update) {
-  alignas(64) Buffer<C> terms;
+void walk(const Block<C> block, Update update, RunningSum<C>& terms) {
+  alignas(64) Buffer<C> between;  // the pulls, or theta before the proximal step
+  if constexpr (springs == Springs::gradient)
+    terms.add(block.length, [&](std::int64_t i) {
+      const C distance = block.theta[i] - block.anchor[i];
+      const C pull = between[i] = penalty_gradient(block.ewc_lambda, block.fisher[i], distance);
+      return pull * distance;
+    });
+  C* const moved = springs == Springs::proximal ? between : block.theta;
 #pragma GCC ivdep  // operands lie apart, each at its own place in the row
   for (std::int64_t i = 0; i < block.length; ++i) {
     const C theta = block.theta[i];
     C grad = signed_gradient(block.sign, block.grad[i]);
-    if constexpr (springs != Springs::none) {
-      const C distance = theta - block.anchor[i];
-      const C pull = penalty_gradient(block.ewc_lambda, block.fisher[i], distance);
-      terms[i] = pull * distance;
-      if constexpr (springs == Springs::gradient) grad = grad + pull;
-    }
-    C moved = update(i, decayed_gradient(block.weight_decay, grad, theta), theta);
-    if constexpr (springs == Springs::proximal)
-      moved = proximal(block.eta_lambda * block.fisher[i], moved, block.anchor[i]);
-    block.theta[i] = moved;
+    if constexpr (springs == Springs::gradient) grad = grad + between[i];
+    moved[i] = update(i, decayed_gradient(block.weight_decay, grad, theta), theta);
   }
-  if constexpr (springs == Springs::none) return 0;
-  return sum_terms<C>(block.length, [&](std::int64_t i) { return terms[i]; });
+  if constexpr (springs == Springs::proximal)
+    terms.add(block.length, [&](std::int64_t i) {
+      const C fisher = block.fisher[i], anchor = block.anchor[i];
+      const C distance = block.theta[i] - anchor;
+      block.theta[i] = proximal(block.eta_lambda * fisher, between[i], anchor);
+      return penalty_gradient(block.ewc_lambda, fisher, distance) * distance;
+    });
 }
 
 // Goes through a chunk block by block. `update_of(block)` returns what walk() calls.
 template <class C, Springs springs, class UpdateOf>
 double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_decay,
                    UpdateOf update_of) {
-  alignas(64) Buffer<C> theta, grad, fisher, first, second, largest;
+  alignas(64) Buffer<C> theta, grad, fisher, first, second, largest, before;
   const DType state = sizeof(C) == sizeof(double) ? DType::float64 : DType::float32;
   const auto& data = chunk.data;
-  double sum = 0;
+  RunningSum<C> terms;
   for (std::int64_t begin = 0; begin < chunk.length; begin += kBlock) {
     const std::int64_t n = chunk.length - begin < kBlock ? chunk.length - begin : kBlock;
     const auto stage = [&](StepOperand operand, DType dtype, C* buffer) {
@@ -119,11 +147,13 @@ double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_
                          weight_decay,
                          static_cast<C>(options.ewc_lambda),
                          static_cast<C>(options.lr * options.ewc_lambda)};
-    sum += walk<C, springs>(block, update_of(block));
+    if (data[kStepPath] != nullptr) copy_kept(chunk, begin, n, before);
+    walk<C, springs>(block, update_of(block), terms);
     if (options.by_chance && chunk.param == DType::bfloat16)
       keep_by_chance(data[kStepParam], begin, n, block.theta, chunk.rounding);
     else
       keep(data[kStepParam], chunk.param, begin, n, block.theta);
+    if (data[kStepPath] != nullptr) follow(chunk, begin, n, block.grad, before);
     const auto keep_moment = [&](StepOperand operand, const C* values) {
       if (values != nullptr) keep(data[operand], chunk.moments, begin, n, values);
     };
@@ -131,7 +161,7 @@ double over_blocks(const StepChunk& chunk, const StepOptions& options, C weight_
     keep_moment(kStepSecond, block.second);
     keep_moment(kStepLargest, block.largest);
   }
-  return sum;
+  return terms.total();
 }
 
 template <class C, class UpdateOf>

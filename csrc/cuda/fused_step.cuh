@@ -2,8 +2,9 @@
 // springs and the optimizer's own update, stores.
 //
 // What a step lacks has no address. All threads of a block lack the same, so that the branches cost
-// next to nothing, where an instance for each of the combinations would make 32 times as many. All
-// loads of a step come before its arithmetic, under predicates, and are in flight at once.
+// next to nothing, where an instance for each of the combinations would make 32 times as many.
+// Steps with a path alone have instances of their own, whose registers the others then don't need.
+// All loads of a step come before its arithmetic, under predicates, and are in flight at once.
 #pragma once
 
 #include <type_traits>
@@ -21,8 +22,9 @@ struct StepTypes : Types<Param, Fisher> {
 };
 
 // Adam's moments are the first, the second and the largest second; SGD's only one is its buffer.
-template <class Types, int Moments>
+template <class Types, int Moments, bool Path>
 struct StepRow {
+  static constexpr bool kPath = Path;
   using T = typename Types::T;
   using F = typename Types::F;
   using M = typename Types::M;
@@ -33,6 +35,7 @@ struct StepRow {
   const F* fisher;
   const C* anchor;
   C* master;
+  C* path;
   M* moments[Moments];
   const AdamStep<double>* coefficients;
   std::uint32_t seed;
@@ -53,6 +56,7 @@ inline OfRow step_row(const ewc_fast::Row& row, std::uint32_t seed) {
              row.at<typename OfRow::F>(kStepFisher, 0),
              row.at<typename OfRow::C>(kStepAnchor, 0),
              row.at<typename OfRow::C>(kStepMaster, 0),
+             row.at<typename OfRow::C>(kStepPath, 0),
              {},
              nullptr,
              seed};
@@ -111,10 +115,11 @@ struct Around {
     constexpr int N = Access::N, kMoments = Update::kMoments;
     Pack<typename Row::T, N> param;
     Pack<typename Row::F, N> fisher;
-    Pack<C, N> anchor, master;
+    Pack<C, N> anchor, master, path;
     Pack<typename Row::M, N> moments[kMoments];
     const auto grad = access.load(row.grad);
-    if (row.master == nullptr) param = access.load(row.param);
+    if (Row::kPath || row.master == nullptr) param = access.load(row.param);
+    if constexpr (Row::kPath) path = access.load(row.path);
     load_if_there(access, row.master, master);
     load_if_there(access, row.fisher, fisher);
     load_if_there(access, row.anchor, anchor);
@@ -124,8 +129,9 @@ struct Around {
     const bool springs = row.fisher != nullptr;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      C theta = row.master == nullptr ? static_cast<C>(param.at[k]) : master.at[k];
-      C gradient = signed_gradient<C>(sign, static_cast<C>(grad.at[k]));
+      const C before = static_cast<C>(param.at[k]), given = static_cast<C>(grad.at[k]);
+      C theta = row.master == nullptr ? before : master.at[k];
+      C gradient = signed_gradient<C>(sign, given);
       if (springs) {
         const C distance = theta - anchor.at[k];
         const C pull = penalty_gradient<C>(ewc_lambda, static_cast<C>(fisher.at[k]), distance);
@@ -143,9 +149,12 @@ struct Around {
         theta = ewc_fast::proximal<C>(strength * static_cast<C>(fisher.at[k]), theta, anchor.at[k]);
       master.at[k] = theta;
       store(param.at[k], theta, row.seed, access.index(k));
+      if constexpr (Row::kPath)
+        path.at[k] += path_term<C>(given, before, static_cast<C>(param.at[k]));
     }
     access.store(row.param, param);
     store_if_there(access, row.master, master);
+    if constexpr (Row::kPath) access.store(row.path, path);
 #pragma unroll
     for (int j = 0; j < kMoments; ++j) store_if_there(access, row.moments[j], moments[j]);
   }

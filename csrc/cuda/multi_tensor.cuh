@@ -15,6 +15,7 @@
 
 #include "../operands.h"
 #include "elements.cuh"
+#include "fisher.cuh"
 #include "operations.h"
 #include "reduce.cuh"
 
@@ -160,16 +161,30 @@ std::int64_t launch_over(const char* name, const Table& table, const Op& op, Run
   return launched;
 }
 
-// Calls visit(dtype, whether the Fisher is bfloat16, Types) for every instance there is.
-template <class Visit>
+// Whether an operation only reads the Fisher, which may then be in 8 bits too.
+template <class Op, class = void>
+constexpr bool kOnlyReadsFisher = false;
+template <class Op>
+constexpr bool kOnlyReadsFisher<Op, std::void_t<decltype(Op::Row::fisher)>> =
+    std::is_same_v<decltype(Op::Row::fisher), FisherIn<typename Op::F>>;
+
+// Calls visit(dtypes of the parameters and the Fisher, Types) for every instance there is.
+template <template <class> class Operation, class Visit>
 void for_each_types(Visit visit) {
-  visit(DType::float32, false, Types<float, float>{});
-  visit(DType::float64, false, Types<double, double>{});
-  visit(DType::bfloat16, false, Types<__nv_bfloat16, float>{});
-  visit(DType::float16, false, Types<__half, float>{});
-  visit(DType::float32, true, Types<float, __nv_bfloat16>{});
-  visit(DType::bfloat16, true, Types<__nv_bfloat16, __nv_bfloat16>{});
-  visit(DType::float16, true, Types<__half, __nv_bfloat16>{});
+  constexpr DType f32 = DType::float32, f64 = DType::float64, b16 = DType::bfloat16,
+                  f16 = DType::float16, f8 = DType::e5m3;
+  visit(f32, f32, Types<float, float>{});
+  visit(f64, f64, Types<double, double>{});
+  visit(b16, f32, Types<__nv_bfloat16, float>{});
+  visit(f16, f32, Types<__half, float>{});
+  visit(f32, b16, Types<float, __nv_bfloat16>{});
+  visit(b16, b16, Types<__nv_bfloat16, __nv_bfloat16>{});
+  visit(f16, b16, Types<__half, __nv_bfloat16>{});
+  if constexpr (kOnlyReadsFisher<Operation<Types<float, float>>>) {
+    visit(f32, f8, Types<float, e5m3>{});
+    visit(b16, f8, Types<__nv_bfloat16, e5m3>{});
+    visit(f16, f8, Types<__half, e5m3>{});
+  }
 }
 
 inline int device_of(const Table& table) {
@@ -177,8 +192,8 @@ inline int device_of(const Table& table) {
   for (const Row& row : table.rows) {
     if (row.device != device || device < 0)
       throw std::invalid_argument("the tensors of one call must be on one CUDA device");
-    if (row.dtype == DType::float64 && row.fisher == DType::bfloat16)
-      throw std::invalid_argument("a bfloat16 Fisher does not go with float64 parameters");
+    if (row.dtype == DType::float64 && (row.fisher == DType::bfloat16 || row.fisher == DType::e5m3))
+      throw std::invalid_argument("beside float64 parameters the Fisher must be float64");
   }
   return device;
 }
@@ -201,10 +216,8 @@ template <template <class> class Operation, class Settings>
 std::int64_t launch_all(const char* name, const Table& table, const Settings& settings, Run run,
                         double* partial) {
   std::int64_t blocks = 0;
-  for_each_types([&](DType dtype, bool half_fisher, auto types) {
-    const auto belongs = [&](const Row& row) {
-      return row.dtype == dtype && (row.fisher == DType::bfloat16) == half_fisher;
-    };
+  for_each_types<Operation>([&](DType dtype, DType fisher, auto types) {
+    const auto belongs = [=](const Row& row) { return row.dtype == dtype && row.fisher == fisher; };
     const Operation<decltype(types)> op(settings);
     blocks += launch_instance(name, table, op, run, after(partial, blocks), belongs);
   });

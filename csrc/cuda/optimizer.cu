@@ -2,11 +2,11 @@
 //
 // Bytes an element, all operands float: Adam reads g, theta, m, v and writes theta, m, v: 28, and 8
 // more with springs (F, a): 36, where the penalty and then the optimizer take 20 + 28. amsgrad 8
-// more. SGD 12, with momentum 8 more, with springs 8 more. Parameters and gradients of 16 bits save
-// 6; with a master copy they save none, as theta is read and written there. A bfloat16 Fisher saves
-// 2, moments of 16 bits 4 each. Adam's loop for floats has some 220 instructions an element, two
-// divisions, a root and both sides of all branches counted; an H200 can issue 250 while it moves 36
-// bytes.
+// more, a path 8 more. SGD 12, with momentum 8 more, with springs 8 more. Parameters and gradients
+// of 16 bits save 6; with a master copy they save none, as theta is read and written there. A
+// bfloat16 Fisher saves 2, moments of 16 bits 4 each. Adam's loop for floats has some 220
+// instructions an element, two divisions, a root and both sides of all branches counted; an H200
+// can issue 250 while it moves 36 bytes.
 #include <cmath>
 
 #include "fused_step.cuh"
@@ -47,11 +47,11 @@ struct StepSettings {
 template <class C>
 constexpr int kStepBlocks = sizeof(C) == 8 ? 2 : 3;
 
-template <class Types>
+template <class Types, bool Path>
 struct Adam {
   using C = typename Types::C;
   using Sum = C;
-  using Row = StepRow<Types, 3>;
+  using Row = StepRow<Types, 3, Path>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
   static constexpr int kResident = kStepBlocks<C>;
@@ -84,11 +84,11 @@ struct Adam {
   }
 };
 
-template <class Types>
+template <class Types, bool Path>
 struct Sgd {
   using C = typename Types::C;
   using Sum = C;
-  using Row = StepRow<Types, 1>;
+  using Row = StepRow<Types, 1, Path>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
   static constexpr int kResident = kStepBlocks<C>;
@@ -163,7 +163,7 @@ DType moments_of(const Row& row) {
 
 // Launches the step over the rows of every combination of dtypes; leaves the penalty, where there
 // are springs, in run.memory[0].
-template <template <class> class Optimizer, class Settings>
+template <template <class, bool> class Optimizer, class Settings>
 void launch_steps(const char* name, const Table& table, Run run, const Settings& settings) {
   const bool springs = std::any_of(table.rows.begin(), table.rows.end(),
                                    [](const Row& row) { return row.data[kStepFisher] != nullptr; });
@@ -171,12 +171,17 @@ void launch_steps(const char* name, const Table& table, Run run, const Settings&
   run.seed = settings.options.seed;
   std::int64_t blocks = 0;
   for_each_step_types([&](DType param, DType fisher, DType moments, auto types) {
-    const auto belongs = [&](const Row& row) {
-      return row.dtype == param && moments_of(row) == moments &&
-             (row.fisher == DType::bfloat16) == (fisher == DType::bfloat16);
+    const auto launch = [&](auto path) {
+      const auto belongs = [&](const Row& row) {
+        return row.dtype == param && moments_of(row) == moments &&
+               (row.fisher == DType::bfloat16) == (fisher == DType::bfloat16) &&
+               (row.data[kStepPath] != nullptr) == path;
+      };
+      const Optimizer<decltype(types), decltype(path)::value> op(settings);
+      blocks += launch_instance(name, table, op, run, after(partial, blocks), belongs);
     };
-    const Optimizer<decltype(types)> op(settings);
-    blocks += launch_instance(name, table, op, run, after(partial, blocks), belongs);
+    launch(std::false_type{});
+    launch(std::true_type{});
   });
   if (springs) sum_blocks(run, blocks, 0.5);
 }

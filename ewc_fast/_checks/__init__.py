@@ -8,15 +8,19 @@ from ewc_fast._checks.arguments import (
     finite,
     gamma,
     impl,
+    in_graph,
+    learning_rate,
     non_negative,
     one_of,
     positive_integer,
     seed,
+    strength,
 )
 from ewc_fast._checks.flat import flattenable, like_parameters
 from ewc_fast._checks.importance import IMPORTANCES, state_importance
 from ewc_fast._checks.lora import low_rank_delta
 from ewc_fast._checks.operands import (
+    ENCODED_BLOCK,
     Operand,
     Operation,
     TensorList,
@@ -28,7 +32,6 @@ from ewc_fast._checks.operands import (
 )
 from ewc_fast._checks.overlap import some_information, two_fishers
 from ewc_fast._checks.parameters import (
-    ENCODED_BLOCK,
     STATE_FIELDS,
     STORAGES,
     ewc_state,
@@ -57,7 +60,9 @@ __all__ = [
     "gamma",
     "grown_shape",
     "impl",
+    "in_graph",
     "kind",
+    "learning_rate",
     "like_parameters",
     "low_rank_delta",
     "mean_of_squares",
@@ -73,6 +78,7 @@ __all__ = [
     "squared_product",
     "state_dtype",
     "state_importance",
+    "strength",
     "trainable_parameters",
     "two_fishers",
 ]

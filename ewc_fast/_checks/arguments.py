@@ -29,6 +29,37 @@ def non_negative(name: str, value: float | Tensor) -> float:
     return number
 
 
+def learning_rate(lr: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return the learning rate as a number or, where it is on a GPU, as the tensor there.
+
+    Nobody waits for that one, nor is it looked at: a kernel reads it when it runs, so that a CUDA
+    graph takes what stands there at each replay.
+    """
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return non_negative("lr", lr), None
+    if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            "lr: expected a number or a scalar of float32 or float64, got "
+            f"{lr.dtype} of shape {tuple(lr.shape)}"
+        )
+    return 0.0, lr
+
+
+def strength(ewc_lambda: float | Tensor, lr: float) -> float:
+    """Return lambda as a float; its product with the learning rate must be finite as well."""
+    number = non_negative("ewc_lambda", ewc_lambda)
+    non_negative("ewc_lambda * lr", number * lr)
+    return number
+
+
+def in_graph(name: str, number: float | Tensor) -> Tensor:
+    """Return a number as a compiled graph takes it: a tensor, checked when the graph runs."""
+    if isinstance(number, Tensor):
+        return number
+    checked = non_negative(name, number)
+    return torch.scalar_tensor(checked, dtype=torch.float64, device="cpu")
+
+
 def gamma(value: float) -> float:
     """Return ``gamma`` as a float in (0, 1]."""
     number = _number("gamma", value)

@@ -11,15 +11,17 @@ from torch import Tensor
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+ENCODED_BLOCK = 256  # codes of 8 bits that share a scale
+
 TensorList = list[Tensor] | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One list of tensors that an operation takes."""
+    """One list of tensors that an operation takes; a Fisher in 8 bits is two, codes and scales."""
 
     name: str
-    role: Literal["param", "state", "fisher", "residual", "moment", "count"]
+    role: Literal["param", "state", "fisher", "residual", "moment", "count", "codes", "scales"]
     written: bool = False
     stacked: bool = False  # may carry per-sample gradients in a leading dimension
     slot: int | None = None  # where kernels look for it, if not at its place in the order
@@ -98,6 +100,8 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
         "residual": (torch.bfloat16,),
         "moment": (row[param].dtype,) if row[param].dtype == state else (row[param].dtype, state),
         "count": (torch.float32,),
+        "codes": (torch.uint8,),
+        "scales": (torch.float32,),
     }
     like = f"{operation.operands[operation.measure].name}[{index}]"
     device, shape = row[operation.measure].device, tuple(row[operation.measure].shape)
@@ -118,6 +122,9 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
             if tensor.dim() != 0:
                 raise ValueError(f"{name}: expected a scalar, got shape {tuple(tensor.shape)}")
             continue
+        if operand.role == "scales":
+            _one_for_each_block(name, tensor, row[operation.measure].numel())
+            continue
         samples = int(operand.stacked and tensor.dim() == len(shape) + 1)
         if tuple(tensor.shape[samples:]) != shape:
             stacked = f" or {('samples', *shape)}" if operand.stacked else ""
@@ -125,6 +132,15 @@ def _row(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
                 f"{name}: expected shape {shape}{stacked} like {like}, got {tuple(tensor.shape)}"
             )
     _moments(operation, index, row)
+
+
+def _one_for_each_block(name: str, scales: Tensor, numel: int) -> None:
+    blocks = -(-numel // ENCODED_BLOCK)
+    if scales.shape != (blocks,) or not scales.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous vector of {blocks}, one for each block, "
+            f"got shape {tuple(scales.shape)}"
+        )
 
 
 def _moments(operation: Operation, index: int, row: tuple[Tensor, ...]) -> None:
@@ -169,7 +185,7 @@ def dense(operation: Operation, lists: Sequence[TensorList], index: int) -> bool
         expected *= size
     for operand, tensors in zip(operation.operands, lists, strict=True):
         tensor = tensors[index]
-        if operand.role == "count":
+        if operand.role in ("count", "scales"):
             continue
         lead = int(operand.stacked and tensor.dim() == layout.dim() + 1)
         for dim, size in enumerate(layout.shape):

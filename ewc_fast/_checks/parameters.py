@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast._checks.arguments import LARGEST, gamma, non_negative, one_of
-from ewc_fast._checks.operands import PARAM_DTYPES, kind, short
+from ewc_fast._checks.operands import ENCODED_BLOCK, PARAM_DTYPES, kind, short
 
 
 def named_parameters(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
@@ -91,7 +91,6 @@ def mean_of_squares(name: str, tensor: Tensor) -> None:
 
 
 STORAGES = ("float32", "bfloat16", "e5m3", "float32@cpu", "bfloat16@cpu", "e5m3@cpu")
-ENCODED_BLOCK = 256  # codes of 8 bits that share a scale
 STATE_FIELDS = ("fisher", "anchor", "residual")
 _STATE_KEYS = ("format", "ewc_lambda", "gamma", "rule", "constant", "tasks", *STATE_FIELDS)
 

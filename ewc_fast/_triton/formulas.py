@@ -35,6 +35,18 @@ def proximal(strength, param, anchor):
 
 
 @triton.jit
+def decode(code, scale):
+    """Return the Fisher S 2^(e - 31) (1 + m / 8) of the byte 8 e + m, and 0 of 0.
+
+    Shifted by 20 the byte stands where a float32 has exponent and mantissa, the exponent 96 too
+    small.
+    """
+    bits = code.to(tl.uint32)
+    bits = tl.where(bits == 0, 0, (bits << 20) + (96 << 23)).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True) * scale
+
+
+@triton.jit
 def random_bits(seed, element):
     """Return 32 bits that depend on the seed and the element alone (murmur3's finaliser).
 

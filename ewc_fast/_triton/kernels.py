@@ -232,11 +232,11 @@ def _block(
 ):
     """Run the operation on one block; return ``total`` with its terms, where it has any."""
     if OPERATION == "add_penalty_grad_":
-        total = operations.add_penalty_grad(total, p0, p1, p2, p3, at, mask, coefficient)
+        total = operations.add_penalty_grad(total, p0, p1, p2, p3, p4, at, mask, coefficient)
     elif OPERATION == "penalty":
-        total = operations.penalty(total, p0, p1, p2, at, mask, coefficient)
+        total = operations.penalty(total, p0, p1, p2, p3, at, mask, coefficient)
     elif OPERATION == "penalty_grad":
-        operations.penalty_grad(total, p0, p1, p2, p3, at, mask, coefficient)
+        operations.penalty_grad(total, p0, p1, p2, p3, p4, at, mask, coefficient)
     elif OPERATION == "accumulate_square_":
         operations.accumulate_square(
             total, p0, p1, at, mask, coefficient, samples, sample_stride, seed, VECTOR
@@ -247,5 +247,5 @@ def _block(
         operations.merge_online(total, p0, p1, p2, p3, at, mask, coefficient, seed)
     else:
         tl.static_assert(OPERATION == "proximal_step_")
-        operations.proximal_step(total, p0, p1, p2, at, mask, coefficient)
+        operations.proximal_step(total, p0, p1, p2, p3, at, mask, coefficient)
     return total

@@ -22,6 +22,7 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,  # codes of a Fisher in 8 bits
 }
 
 SUM_BLOCK = 4096

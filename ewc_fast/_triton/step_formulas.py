@@ -59,6 +59,12 @@ def sgd_param(lr, momentum, param, grad, buffer, NESTEROV: tl.constexpr):
 
 
 @triton.jit
+def path_term(grad, before, after):
+    """Return what a step adds to the path integral: the fall of the loss that its way explains."""
+    return grad * (before - after)
+
+
+@triton.jit
 def power(base, exponent):
     """Return a float64 to a whole power below 2^25, by squaring: Triton has no power."""
     result = tl.zeros_like(base) + 1.0

@@ -1,12 +1,9 @@
 """The optimizers' steps with the springs inside, in one pass: twins of ``csrc/cuda/optimizer.cu``.
 
 Chunks, whole blocks and tails are as in ``kernels.py``. Bytes of a float32 element: Adam 28, with
-springs 36, with amsgrad 8 more; SGD 12, with momentum 20, with springs 8 more. What a step lacks is
-a constant of the kernel, so that nothing is loaded or branched for it.
-
-Before, a program computes what all elements of a row share, into ``coefficients``: float64, rounded
-once where it is used. Learning rate and counts of steps are read there from the device, so that a
-CUDA graph follows them.
+springs 36, with amsgrad 8 more; SGD 12, with momentum 20, with springs 8 more; a path 8 more. What
+a step lacks is a constant of the kernel, so that nothing is loaded or branched for it. What all
+elements of a row share was computed before: ``step_coefficients.py``.
 """
 
 import triton
@@ -20,20 +17,17 @@ from ewc_fast._triton.formulas import (
     round_stochastically,
 )
 from ewc_fast._triton.operations import load, store
+from ewc_fast._triton.step_coefficients import COEFFICIENTS
 from ewc_fast._triton.step_formulas import (
     adam_param,
     adam_second_moment,
     decayed_gradient,
     larger_or_nan,
     moved_towards,
-    power,
+    path_term,
     sgd_buffer,
     sgd_param,
-    square_root,
 )
-
-COEFFICIENTS = 9
-"""Columns of a row of coefficients: the optimizer's, up to eight, and eta lambda."""
 
 _COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 _STRENGTH = tl.constexpr(COEFFICIENTS - 1)
@@ -42,73 +36,7 @@ _ORDINAL = tl.constexpr(table.ORDINAL)
 _ALIGNED = tl.constexpr(table.ALIGNED)
 _FIRST_ADDRESS = tl.constexpr(table.FIRST_ADDRESS)
 _COLUMNS = tl.constexpr(table.STEP_COLUMNS)
-_COUNT = tl.constexpr(table.STEP_OPERANDS - 1)
 _CHUNK = tl.constexpr(table.CHUNK)
-
-
-@triton.jit
-def adam_coefficients(
-    coefficients,  # (rows, COEFFICIENTS) float64
-    records,  # (rows, COLUMNS) int64, or None: then there is one row
-    address: tl.int64,  # of that row's count
-    rows,
-    lr,  # on the device, or None
-    lr_number: tl.float64,
-    weight_decay: tl.float64,
-    ewc_lambda: tl.float64,
-    beta1: tl.float64,
-    beta2: tl.float64,
-    eps: tl.float64,
-    DECOUPLED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add a step to the rows' counts; write the coefficients that follow (csrc/optimizer.h)."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = row < rows
-    if records is None:
-        addresses = tl.zeros([BLOCK], tl.int64) + address
-    else:
-        addresses = tl.load(records + row * _COLUMNS + _FIRST_ADDRESS + _COUNT, mask=mask, other=0)
-    counts = addresses.to(tl.pointer_type(tl.float32))
-    count = tl.load(counts, mask=mask, other=0.0) + 1.0
-    tl.store(counts, count, mask=mask)
-    rate = _rate(lr, lr_number)
-    zeros = tl.zeros([BLOCK], tl.float64)
-    decay = zeros + weight_decay
-    taken = count.to(tl.int32)
-    to = coefficients + row * _COEFFICIENTS
-    if DECOUPLED:
-        tl.store(to, zeros, mask=mask)
-        tl.store(to + 1, 1.0 - rate * decay, mask=mask)
-    else:
-        tl.store(to, decay, mask=mask)
-        tl.store(to + 1, zeros + 1.0, mask=mask)
-    tl.store(to + 2, 1.0 - (zeros + beta1), mask=mask)
-    tl.store(to + 3, zeros + beta2, mask=mask)
-    tl.store(to + 4, 1.0 - (zeros + beta2), mask=mask)
-    tl.store(to + 5, rate / (1.0 - power(zeros + beta1, taken)), mask=mask)
-    tl.store(to + 6, square_root(1.0 - power(zeros + beta2, taken)), mask=mask)
-    tl.store(to + 7, zeros + eps, mask=mask)
-    tl.store(to + _STRENGTH, rate * (zeros + ewc_lambda), mask=mask)
-
-
-@triton.jit
-def sgd_coefficients(
-    coefficients,  # one row, for all
-    lr,
-    lr_number: tl.float64,
-    weight_decay: tl.float64,
-    ewc_lambda: tl.float64,
-    momentum: tl.float64,
-    dampening: tl.float64,
-):
-    """Write what all elements share."""
-    rate = _rate(lr, lr_number)
-    tl.store(coefficients, tl.full((), weight_decay, tl.float64))
-    tl.store(coefficients + 1, tl.full((), momentum, tl.float64))
-    tl.store(coefficients + 2, 1.0 - tl.full((), dampening, tl.float64))
-    tl.store(coefficients + 3, rate)
-    tl.store(coefficients + _STRENGTH, rate * tl.full((), ewc_lambda, tl.float64))
 
 
 @triton.jit(do_not_specialize=["first_chunk", "seed"])
@@ -140,8 +68,9 @@ def over_rows(
     total = _chunk(
         tl.load(addresses), tl.load(addresses + 1), tl.load(addresses + 2), tl.load(addresses + 3),
         tl.load(addresses + 4), tl.load(addresses + 5), tl.load(addresses + 6),
-        tl.load(addresses + 7), coefficients, chunk & 0xFFFFFFFF, tl.load(record + _NUMEL),
-        tl.load(record + _ORDINAL), tl.load(record + _ALIGNED), ewc_lambda, seed,
+        tl.load(addresses + 7), tl.load(addresses + 8), coefficients, chunk & 0xFFFFFFFF,
+        tl.load(record + _NUMEL), tl.load(record + _ORDINAL), tl.load(record + _ALIGNED),
+        ewc_lambda, seed,
         STEP, COMPUTE, VECTOR, BLOCK, PARAM, FISHER, MOMENT, HAS,
     )  # fmt: skip
     if partial is not None:
@@ -163,6 +92,7 @@ def over_one_row(
     address5: tl.int64,
     address6: tl.int64,
     address7: tl.int64,
+    address8: tl.int64,
     numel: tl.int64,
     ordinal: tl.int64,
     partial,
@@ -184,20 +114,11 @@ def over_one_row(
     chunk = tl.program_id(0).to(tl.int64)
     total = _chunk(
         address0, address1, address2, address3, address4, address5, address6, address7,
-        coefficients, chunk, numel, ordinal, ALIGNED, ewc_lambda, seed,
+        address8, coefficients, chunk, numel, ordinal, ALIGNED, ewc_lambda, seed,
         STEP, COMPUTE, VECTOR, BLOCK, PARAM, FISHER, MOMENT, HAS,
     )  # fmt: skip
     if partial is not None:
         tl.store(partial + first_chunk + chunk, total)
-
-
-@triton.jit
-def _rate(lr, number):
-    if lr is None:
-        rate = tl.full((), number, tl.float64)
-    else:
-        rate = tl.load(lr).to(tl.float64)
-    return rate
 
 
 @triton.jit
@@ -210,6 +131,7 @@ def _chunk(
     first,
     second,
     largest,
+    path,
     coefficients,
     chunk,
     numel,
@@ -246,6 +168,7 @@ def _chunk(
     p5 = tl.multiple_of(tl.cast(first, tl.pointer_type(MOMENT)), OF_MOMENT)
     p6 = tl.multiple_of(tl.cast(second, tl.pointer_type(MOMENT)), OF_MOMENT)
     p7 = tl.multiple_of(tl.cast(largest, tl.pointer_type(MOMENT)), OF_MOMENT)
+    p8 = tl.multiple_of(tl.cast(path, tl.pointer_type(COMPUTE)), WIDE)
     # Once a chunk: what follows a store is not loaded before it.
     c0 = tl.load(coefficients).to(COMPUTE)
     c1 = tl.load(coefficients + 1).to(COMPUTE)
@@ -260,8 +183,8 @@ def _chunk(
     for block in range(whole):
         at = begin + tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = _block(
-            total, p0, p1, p2, p3, p4, p5, p6, p7, at, None, c0, c1, c2, c3, c4, c5, c6, c7,
-            strength, ewc_lambda, row_seed, STEP, HAS,
+            total, p0, p1, p2, p3, p4, p5, p6, p7, p8, at, None, c0, c1, c2, c3, c4, c5, c6,
+            c7, strength, ewc_lambda, row_seed, STEP, HAS,
         )  # fmt: skip
 
     q0 = tl.cast(param, tl.pointer_type(PARAM))
@@ -272,14 +195,15 @@ def _chunk(
     q5 = tl.cast(first, tl.pointer_type(MOMENT))
     q6 = tl.cast(second, tl.pointer_type(MOMENT))
     q7 = tl.cast(largest, tl.pointer_type(MOMENT))
+    q8 = tl.cast(path, tl.pointer_type(COMPUTE))
     # Of another size than whole blocks: see kernels.py.
     TAIL: tl.constexpr = BLOCK // 2
     rest = tl.zeros([TAIL], COMPUTE)
     for at_first in range(begin + whole * BLOCK, end, TAIL):
         at = tl.cast(at_first, tl.int64) + tl.arange(0, TAIL)
         rest = _block(
-            rest, q0, q1, q2, q3, q4, q5, q6, q7, at, at < end, c0, c1, c2, c3, c4, c5, c6, c7,
-            strength, ewc_lambda, row_seed, STEP, HAS,
+            rest, q0, q1, q2, q3, q4, q5, q6, q7, q8, at, at < end, c0, c1, c2, c3, c4, c5, c6,
+            c7, strength, ewc_lambda, row_seed, STEP, HAS,
         )  # fmt: skip
     return tl.sum(total.to(tl.float64)) + tl.sum(rest.to(tl.float64))
 
@@ -295,6 +219,7 @@ def _block(
     first,
     second,
     largest,
+    path,
     at,
     mask,
     c0,  # the optimizer's coefficients, in the order of csrc/math.h
@@ -322,12 +247,20 @@ def _block(
     MASTER: tl.constexpr = HAS[1]
     MOMENTS: tl.constexpr = HAS[2]
     AMSGRAD: tl.constexpr = HAS[3]
+    PATH: tl.constexpr = HAS[4]
 
     if MASTER:
         theta = load(master, at, mask, total)
     else:
         theta = load(param, at, mask, total)
-    gradient = SIGN * load(grad, at, mask, total)
+    given = load(grad, at, mask, total)
+    if PATH:
+        explained = load(path, at, mask, total)
+        if MASTER:
+            before = load(param, at, mask, total)
+        else:
+            before = theta
+    gradient = SIGN * given
     if SPRINGS:
         stiffness = load(fisher, at, mask, total)
         rest = load(anchor, at, mask, total)
@@ -358,7 +291,10 @@ def _block(
     if MASTER:
         store(master, at, mask, theta)
     if BY_CHANCE and param.dtype.element_ty == tl.bfloat16:
-        store(param, at, mask, round_stochastically(theta, random_bits(seed, at)))
+        kept = round_stochastically(theta, random_bits(seed, at))
     else:
-        store(param, at, mask, theta)
+        kept = theta.to(param.dtype.element_ty)
+    store(param, at, mask, kept)
+    if PATH:
+        store(path, at, mask, explained + path_term(given, before, kept.to(total.dtype)))
     return total

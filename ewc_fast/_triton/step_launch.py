@@ -8,9 +8,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ewc_fast._triton import kernels, launch, step_kernels
+from ewc_fast._triton import kernels, launch, step_coefficients, step_kernels
 from ewc_fast._triton.device import current
-from ewc_fast._triton.step_kernels import COEFFICIENTS
+from ewc_fast._triton.step_coefficients import COEFFICIENTS
 from ewc_fast._triton.table import STEP_OPERANDS, Launch, Table
 from ewc_fast.reference_steps import AdamOptions, SgdOptions
 
@@ -34,7 +34,7 @@ def run(
         if isinstance(options, AdamOptions):
             _count_step(table, coefficients, options, lr)
         else:
-            step_kernels.sgd_coefficients[(1,)](
+            step_coefficients.sgd_coefficients[(1,)](
                 coefficients, lr, options.lr, options.weight_decay, options.ewc_lambda,
                 options.momentum, options.dampening, num_warps=1,
             )  # fmt: skip
@@ -63,12 +63,12 @@ def _count_step(
     rows = len(table.rows)
     on_device = table.on_device() if rows > 1 else None
     if on_device is not None:
-        step_kernels.adam_coefficients[(-(-rows // _ROWS),)](
+        step_coefficients.adam_coefficients[(-(-rows // _ROWS),)](
             coefficients, on_device[0], 0, rows, *numbers, BLOCK=_ROWS, **fixed
         )
         return
     for row in range(rows):
-        step_kernels.adam_coefficients[(1,)](
+        step_coefficients.adam_coefficients[(1,)](
             coefficients[row], None, table.placed(row)[-1], 1, *numbers, BLOCK=1, **fixed
         )
 
@@ -121,6 +121,7 @@ def constants(
             "master" in names,
             "exp_avgs" in names or "momentum_buffers" in names,
             "max_exp_avg_sqs" in names,
+            "path" in names,
         ),
         "COMPUTE": tl.float64 if wide else tl.float32,
         "VECTOR": part.vector,

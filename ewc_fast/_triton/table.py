@@ -24,7 +24,7 @@ CHUNK = 16384
 OPERANDS = 5
 """Addresses in a record; operations with fewer repeat one, which nobody reads."""
 
-STEP_OPERANDS = 9
+STEP_OPERANDS = 10
 """The same for optimizers' steps, whose operands have places of their own (csrc/optimizer.h)."""
 
 NUMEL, SAMPLES, SAMPLE_STRIDE, ORDINAL, ALIGNED, FIRST_ADDRESS = range(6)

@@ -65,7 +65,8 @@ class PathIntegral:
         if not any(name in self.paths for name in params):
             raise ValueError(
                 "importance: 'si' is measured while training, and no step was taken since the "
-                "last task; train through EWCOptimizer(optimizer, ewc), which accumulates it"
+                "last task; train through EWCOptimizer(optimizer, ewc) or an optimizer of "
+                "ewc_fast.optim, which accumulate it"
             )
         return {
             name: _importance(self.paths[name], param, xi)
@@ -126,12 +127,14 @@ class ActivePath:
 
     A float32 parameter's step moves 44 bytes: copies of parameter and gradient (16), the way since
     the copy (12), its product with the gradient added to omega (16): on one CPU thread at a copy's
-    speed. Fused into the penalty's pass and one after the step it would be 36.
+    speed. Fused into the penalty's pass and one after the step it would be 36. The optimizers of
+    :mod:`ewc_fast.optim` add the path in their own pass, for 8.
     Memory is 16 bytes a parameter, 8 of them (the copies) kept only for speed, not in the state.
     """
 
     def __init__(self, paths: PathIntegral, params: Iterable[tuple[str, Tensor]]) -> None:
         self._paths, self._params = paths, list(params)
+        self._names = {param: name for name, param in self._params}
         self._moving: list[tuple[str, Tensor]] = []  # those on their way
         self._places: dict[str, Tensor] = {}  # copies, used again each step
         self._gradients: dict[str, Tensor] = {}
@@ -160,15 +163,26 @@ class ActivePath:
             torch._foreach_addcmul_(omegas, back, _of(self._gradients, self._moving))
         self._moving = []
 
+    def omega(self, param: Tensor) -> Tensor | None:
+        """Return what a step that has the path inside must add to; None if this is not of the set.
+
+        A path that is missing begins where the parameter is.
+        """
+        name = self._names.get(param)
+        return None if name is None else self._begun(name, param).omega
+
+    def _begun(self, name: str, param: Tensor) -> Path:
+        if name not in self._paths.paths:
+            self._paths.paths[name] = Path.from_here(param)
+        return self._paths.paths[name]
+
     def _make_room(self, name: str, param: Tensor) -> None:
         if param.grad is not None and param.grad.layout != torch.strided:
             _checks.kind(f"gradient of parameter {name!r}", param.grad)  # raises
-        if name not in self._paths.paths:
-            self._paths.paths[name] = Path.from_here(param)
+        path = self._begun(name, param)
         if name not in self._places:
-            like = self._paths.paths[name].omega
-            self._places[name] = torch.empty_like(like)
-            self._gradients[name] = torch.empty_like(like)
+            self._places[name] = torch.empty_like(path.omega)
+            self._gradients[name] = torch.empty_like(path.omega)
 
 
 def _of(tensors: Mapping[str, Tensor], moving: Sequence[tuple[str, Tensor]]) -> list[Tensor]:

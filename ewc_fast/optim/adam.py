@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ewc_fast import functional
+from ewc_fast._prepare import prepare_adam_step
+from ewc_fast._steps import Step
 from ewc_fast.ewc import EWC
 from ewc_fast.optim.fused import Batch, FusedOptimizer
 
@@ -18,34 +20,33 @@ class _AdamStep(FusedOptimizer):
 
     _decoupled = False
 
-    def _begin(self, param: Tensor, group: dict[str, Any]) -> bool:
-        state = self.state[param]
+    def _missing_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        missing, state = self._missing_master(param), self.state.get(param, ())
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = self._moment(param)
-            state["exp_avg_sq"] = self._moment(param)
+            missing["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            missing["exp_avg"] = self._moment(param)
+            missing["exp_avg_sq"] = self._moment(param)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = self._moment(param)
-        self._begin_master(param)
-        return False
+            missing["max_exp_avg_sq"] = self._moment(param)
+        return missing
 
-    def _step_batch(self, group: dict[str, Any], batch: Batch, plan: functional.Plan) -> Tensor:
-        states = [self.state[param] for param in batch.params]
-        options = self._options(group, batch)
+    def _prepare(self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None) -> Step:
+        lists = {
+            **self._lists(batch),
+            "exp_avgs": self._states(batch, "exp_avg"),
+            "exp_avg_sqs": self._states(batch, "exp_avg_sq"),
+            "steps": self._states(batch, "step"),
+        }
         if group["amsgrad"]:
-            options["max_exp_avg_sqs"] = [state["max_exp_avg_sq"] for state in states]
+            lists["max_exp_avg_sqs"] = self._states(batch, "max_exp_avg_sq")
         beta1, beta2 = group["betas"]
-        return functional.adam_step_(
-            batch.params,
-            batch.grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
+        return prepare_adam_step(
+            lists,
             betas=(float(beta1), float(beta2)),
             eps=group["eps"],
             decoupled_weight_decay=group.get("decoupled_weight_decay", self._decoupled),
             plan=plan,
-            **options,
+            **self._options(group, batch),
         )
 
 
@@ -80,6 +81,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         Refused unless False.
     ewc
         The state, or None. Several optimizers may share it, each applies it to its own parameters.
+        Its ``storage`` is ``"float32"`` or ``"bfloat16"``; :class:`~ewc_fast.EWCOptimizer` takes
+        any.
     mode
         ``"gradient"`` or ``"proximal"``.
     master_weights
@@ -93,7 +96,20 @@ class Adam(_AdamStep, torch.optim.Adam):
     With either of the last two the moments of 16-bit parameters are float32: in bfloat16 a second
     moment could not shrink, as 0.999 of it rounds back to itself.
 
+    With ``EWC(importance="si")`` each step also adds to the path integral, in the same pass: the
+    gradient as it is when ``step()`` begins times the way that the parameters then go, as with
+    :class:`~ewc_fast.EWCOptimizer`. The way is that of the parameters themselves, rounded as they
+    are kept, not of their float32 copies.
+
     ``last_penalty`` is the penalty before the latest step, a float64 scalar.
+
+    ``torch.compile(fullgraph=True)`` takes a step in one graph, with the backward pass where
+    PyTorch traces that. New values of lambda, and of a learning rate that is a tensor, recompile
+    nothing; a number as learning rate belongs to the graph. Schedulers of PyTorch put a function
+    around the optimizer's ``step`` which no graph can hold: compile what calls
+    ``step = optimizer.step`` as it was before they were made. Wrong options and gradients raise
+    before any group has begun its step; in a graph, numbers in tensors are checked when their group
+    takes its.
 
     Raises
     ------

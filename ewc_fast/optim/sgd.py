@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ewc_fast import functional
+from ewc_fast._prepare import prepare_sgd_step
+from ewc_fast._steps import Step
 from ewc_fast.ewc import EWC
 from ewc_fast.optim.fused import Batch, FusedOptimizer
 
@@ -54,25 +56,25 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **torch_options)
         self._take_up(ewc)
 
-    def _begin(self, param: Tensor, group: dict[str, Any]) -> bool:
-        self._begin_master(param)
-        if group["momentum"] == 0 or self.state[param].get("momentum_buffer") is not None:
-            return False
-        self.state[param]["momentum_buffer"] = self._moment(param)
-        return True
+    def _missing_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        missing, state = self._missing_master(param), self.state.get(param, {})
+        if group["momentum"] != 0 and state.get("momentum_buffer") is None:
+            missing["momentum_buffer"] = self._moment(param)
+        return missing
 
-    def _step_batch(self, group: dict[str, Any], batch: Batch, plan: functional.Plan) -> Tensor:
-        options = self._options(group, batch)
+    def _begins_with_zeros(self, group: dict[str, Any]) -> bool:
+        return not group["dampening"]  # of which the first gradient is spared
+
+    def _prepare(self, group: dict[str, Any], batch: Batch, plan: functional.Plan | None) -> Step:
+        lists = self._lists(batch)
         if group["momentum"]:
-            states = [self.state[param] for param in batch.params]
-            options["momentum_buffers"] = [state["momentum_buffer"] for state in states]
-        return functional.sgd_step_(
-            batch.params,
-            batch.grads,
+            lists["momentum_buffers"] = self._states(batch, "momentum_buffer")
+        return prepare_sgd_step(
+            lists,
             momentum=group["momentum"],
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             first=batch.begins,
             plan=plan,
-            **options,
+            **self._options(group, batch),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from ewc_fast._springs import ActiveSprings
 from ewc_fast.ewc import EWC
 from ewc_fast.importance import ActivePath
 from ewc_fast.optim.arguments import check_ewc, check_mode
+from ewc_fast.optim.last_step import LastStep
 
 _SHARED_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -21,13 +21,6 @@ _SHARED_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-
-
-@dataclass
-class _LastStep:
-    """What a step leaves behind: apart, as compiled code sets no attributes of optimizers."""
-
-    penalty: Tensor | None = None
 
 
 class EWCOptimizer(Optimizer):
@@ -52,8 +45,13 @@ class EWCOptimizer(Optimizer):
     skipped step adds none.
 
     ``torch.compile`` takes a whole step, backward pass and wrapper, in one graph
-    (``fullgraph=True``) where it takes the inner optimizer's step so: PyTorch's own break the
-    graph, though nothing of EWC's does. New values of lambda recompile nothing; a consolidation
+    (``fullgraph=True``) where it takes the inner optimizer's step so. Nothing of EWC's breaks the
+    graph, but PyTorch 2.13's optimizers do: on purpose before and after each step (the note on
+    graph breaks in torch/optim/optimizer.py says why; without them memory use grows), around steps
+    with ``fused=True``, which the compiler leaves alone, and where gradients are made in the same
+    graph ("pending mutation on parameter"). Without ``fullgraph`` they compile in pieces; for one
+    graph take :class:`~ewc_fast.optim.SGD`, :class:`~ewc_fast.optim.Adam` or
+    :class:`~ewc_fast.optim.AdamW`. New values of lambda recompile nothing; a consolidation
     recompiles once. A CUDA graph captures a step with the lambda of its capture.
 
     With ``EWC(importance="si")`` each step adds to the path integral: the task's gradient as it is
@@ -122,7 +120,7 @@ class EWCOptimizer(Optimizer):
         self._springs: list[ActiveSprings] = []
         self._built_for: tuple[int, ...] = ()
         self._path: tuple[tuple[int, ...], ActivePath | None] = ((), None)
-        self._last_step = _LastStep()
+        self._last_step = LastStep()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "ewc": self.ewc, "mode": self.mode}

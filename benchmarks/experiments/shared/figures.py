@@ -75,3 +75,8 @@ def phases(panel: Axes, names: Sequence[str], length: float) -> None:
             ha="center",
             color=INK,
         )
+
+
+def over_seeds(count: int) -> str:
+    """Return what to say below curves with bands, in brackets; nothing of one seed."""
+    return f" (mean of {count} seeds; bands: one standard deviation)" if count > 1 else ""
