@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cache
-from pathlib import Path
 
 import bench_fisher
-import fisher_growth
 import fisher_memory
 import pytest
 import torch
@@ -117,19 +114,6 @@ def test_the_table_shows_times_verdicts_and_memory() -> None:
         "| exact, net, 1 words | right, 1.50 (+0.5) | right, 1.25 | right, 9.00 "
         "| missing parameters: 2 of 9 | error: TypeError |"
     )
-
-
-def test_growth_is_fitted_and_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    written = fisher_growth.run(quick=True, folder=tmp_path)
-    slopes = json.loads(written.read_text())["slopes"]
-    assert set(slopes) == {"samples", "parameters"}
-    assert written.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_a_slope_is_the_exponent() -> None:
-    points = [fisher_growth.Point(n, 1, {"x": 3 * n**1.5}) for n in (1, 2, 4, 8)]
-    assert fisher_growth.slope(points, "samples", "x") == pytest.approx(1.5)
 
 
 def test_quick_models_are_of_the_full_ones() -> None:

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.optim import Adam
 
-from ewc_fast import EWC, EWCOptimizer, fisher_diagonal
+from ewc_fast import EWC, fisher_diagonal
 from ewc_fast.fisher import fisher_overlap
+from ewc_fast.optim import Adam
 
 from .shared import figures, mnist
 from .shared.experiment import Claim, Findings, Options
@@ -177,7 +177,7 @@ def _learn_first(job: Job, images: Mnist) -> tuple[nn.Module, dict[str, Tensor]]
     """Return a network that has learned A, and its Fisher diagonal."""
     settings = job.settings
     model = perceptron(settings.widths, job.seed)
-    _train(job, model, Adam(model.parameters(), lr=settings.lr), images.train)
+    _train(job, model, images.train)
     return model, _fisher(model, images.train[: settings.fisher_samples])
 
 
@@ -185,11 +185,11 @@ def _learn_second(job: Job, model: nn.Module, fisher: Mapping[str, Tensor], task
     """Train a network that has learned A on B, under EWC."""
     ewc = EWC(model, ewc_lambda=job.ewc_lambda)
     ewc.consolidate_from(fisher)
-    inner = Adam(model.parameters(), lr=job.settings.lr)
-    _train(job, model, EWCOptimizer(inner, ewc, mode="proximal"), task)
+    _train(job, model, task, ewc)
 
 
-def _train(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, task: Images) -> None:
+def _train(job: Job, model: nn.Module, task: Images, ewc: EWC | None = None) -> None:
+    optimizer = Adam(model.parameters(), lr=job.settings.lr, ewc=ewc, mode="proximal")
     order = torch.Generator().manual_seed(job.seed)
     for _ in range(job.settings.epochs):
         train_epoch(model, optimizer, task, order)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from ..shared import figures
 from ..shared.experiment import Claim, Findings, Options
 from ..shared.jobs import run_all
-from ..shared.tables import table
+from ..shared.tables import mean_and_deviation, table
 from .comparison import Comparison
 from .simulation import Job, Settings, simulate
 from .theory import Array, Rule, ratio
@@ -43,7 +43,7 @@ def _edges(synapses: int, most: int) -> tuple[int, ...]:
     return *(tenth // 10, tenth // 5, tenth // 2), *range(tenth, most + 1, tenth)
 
 
-FULL = Settings(1000, _edges(1000, 6000), runs=100, seeds=5)
+FULL = Settings(1000, _edges(1000, 5000), runs=100, seeds=4)
 QUICK = Settings(100, _edges(100, 600), runs=300, seeds=2, within=0.1)
 
 
@@ -81,7 +81,9 @@ def _table(settings: Settings, found: Found) -> str:
             ("noise", one.noise, rule.noise(one.times)),
             ("remembered", one.remembered, one.expected_remembered()),
         ):
-            cells = [f"{measured[:, k].mean():.3f} ({expected[k]:.3f})" for k in columns]
+            cells = [
+                f"{mean_and_deviation([*measured[:, k]], 3)} ({expected[k]:.3f})" for k in columns
+            ]
             rows.append([f"{rule.name}: {name}", *cells])
     header = ["measured (analytic)", *(f"t = {settings.edges[k]:,}" for k in columns)]
     title = f"Random patterns, {n:,} synapses, {settings.seeds} x {settings.runs} runs"
@@ -165,7 +167,7 @@ def _claims(settings: Settings, found: Found) -> list[Claim]:
         ),
         *(
             Claim(
-                f"{one.rule.name}: the signal falls as exp(-b age / n), b {within}",
+                f"{one.rule.name}: the signal falls as exp(-b age / n) with the rate b, {within}",
                 all(abs(fall / rate - 1) < settings.within for fall in one.falls()),
             )
             for one, rate in ((fast, n / (n + 1)), (half, 0.5))

@@ -78,7 +78,7 @@ def simulate(job: Job) -> Course:
 
 def _pattern(shape: tuple[int, int], draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return one pattern for each run, of length 1, and its target."""
-    signs = torch.rand(shape[0], shape[1] + 1, generator=draw).sub_(0.5).sign_()
+    signs = torch.rand(shape[0], shape[1] + 1, generator=draw).round_().mul_(2).sub_(1)
     return signs[:, 1:] / shape[1] ** 0.5, signs[:, 0]
 
 
