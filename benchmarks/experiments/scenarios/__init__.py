@@ -20,7 +20,7 @@ training (as many steps, on the images of all tasks together) from above; that o
 has masks too, and shows what these alone cost. Between them EWC with one penalty per task
 (``anchor="merged"``), synaptic intelligence (Zenke et al. 2017) and memory aware synapses (Aljundi
 et al. 2018): the same penalty with another importance, ``EWC(importance=...)``; as in their papers,
-at the latest anchor. Online EWC (Schwarz et al. 2018) would be ``Method("online EWC", lambdas=...)``.
+at the latest anchor. Online EWC (Schwarz et al. 2018) would be one more ``Method``, with its name.
 
 What to expect, in both papers' numbers for EWC on all of split MNIST (task, domain, class): 98.6,
 64.0, 20.0 and 97.7, 58.9, 19.8. A penalty on the weights keeps what the network could do, task by
