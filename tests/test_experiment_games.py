@@ -293,7 +293,9 @@ def test_penalties_of_all_other_tasks_hold_each_around_its_own_parameters():
 
 
 def test_epsilon_has_a_timer_for_each_task():
-    agent = Agent(replace(TINY, explore=80, greedy_from=81, least_epsilon=0.0), 0.0, seed=0)
+    agent = Agent(
+        replace(TINY, explore=80, greedy_from=81, least_epsilon=0.0, persistence=20.0), 0.0, seed=0
+    )
     frames = np.zeros((8, *MINATAR.frame), np.uint8)
     drawn = np.array([agent.act(frames) for _ in range(10)])
     greedy = agent.best(frames, 0)

@@ -19,6 +19,8 @@ from .replay import Lookahead, Replay, Transitions
 from .settings import Settings
 from .worlds import Frames, Step
 
+_LONGEST = 50  # steps that an action is held for
+
 
 class Agent:
     """Plays and learns the task that it is told; ``strength`` 0 is the agent without EWC.
@@ -53,14 +55,24 @@ class Agent:
         self._begin()
 
     def act(self, frames: Frames) -> NDArray[np.int64]:
-        """Return an action for each copy: the best one, or with probability epsilon any."""
+        """Return an action for each copy: the best one, or with probability epsilon any.
+
+        An action that is tried out is held for a while, as long as a zeta distribution says:
+        MinAtar skips no frames, and rewards twenty steps ahead would else hardly be met (Dabney et
+        al. 2021, https://arxiv.org/abs/2006.01782).
+        """
         s = self.settings
         played = self._played[self.task]
         self._played[self.task] += len(frames)
         epsilon = np.interp(played, [s.explore, s.greedy_from], [1, s.least_epsilon])
-        explored = self._random.random(len(frames)) < epsilon
+        begin = (self._random.random(len(frames)) < epsilon) & (self._hold == 0)
         drawn = self._random.integers(s.suite.actions, size=len(frames))
-        return np.where(explored, drawn, self.best(frames, self.task))
+        lengths = np.minimum(self._random.zipf(s.persistence, size=len(frames)), _LONGEST)
+        self._held = np.where(begin, drawn, self._held)
+        self._hold = np.where(begin, lengths, self._hold)
+        actions = np.where(self._hold > 0, self._held, self.best(frames, self.task))
+        self._hold = np.maximum(self._hold - 1, 0)
+        return actions
 
     @torch.no_grad()
     def best(self, frames: Frames, task: int) -> NDArray[np.int64]:
@@ -97,6 +109,7 @@ class Agent:
         s = self.settings
         self._target = deepcopy(self.network)
         self._lookahead.clear()
+        self._held, self._hold = np.zeros((2, s.copies), np.int64)  # actions, and steps to go
         if self.task not in self._replays:
             self._replays[self.task] = Replay(s.capacity, s.suite.frame)
         self._replay = self._replays[self.task]
