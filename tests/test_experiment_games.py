@@ -26,6 +26,8 @@ from ewc_fast.experiments.games.scales import Scale, summary
 from ewc_fast.experiments.games.settings import ATARI_QUICK, QUICK, Kind
 from ewc_fast.experiments.games.worlds import ALE, MINATAR, Step, Worlds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = replace(
     QUICK,
     games=("breakout", "space_invaders", "freeway"),
