@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 
 from ewc_fast import EWC, EWCOptimizer
 
+from .exploration import Exploration
 from .network import QNetwork
 from .protection import Protection, of_action
 from .replay import Lookahead, Replay, Transitions
 from .settings import Settings
 from .worlds import Frames, Step
-
-_LONGEST = 50  # steps that an action is held for
 
 
 class Agent:
@@ -41,7 +40,7 @@ class Agent:
         self._random = np.random.default_rng([seed, 1])
         self._replays: dict[int, Replay] = {}
         self._lookahead = Lookahead(settings.lookahead, settings.discount)
-        self._played = dict.fromkeys(range(settings.tasks), 0)  # frames: a timer for each task
+        self._exploration = Exploration(settings, self._random)
         self._updates = 0
         self._protection = Protection(self.network) if strength else None
         self._strength = strength
@@ -55,24 +54,8 @@ class Agent:
         self._begin()
 
     def act(self, frames: Frames) -> NDArray[np.int64]:
-        """Return an action for each copy: the best one, or with probability epsilon any.
-
-        An action that is tried out is held for a while, as long as a zeta distribution says:
-        MinAtar skips no frames, and rewards twenty steps ahead would else hardly be met (Dabney et
-        al. 2021, https://arxiv.org/abs/2006.01782).
-        """
-        s = self.settings
-        played = self._played[self.task]
-        self._played[self.task] += len(frames)
-        epsilon = np.interp(played, [s.explore, s.greedy_from], [1, s.least_epsilon])
-        begin = (self._random.random(len(frames)) < epsilon) & (self._hold == 0)
-        drawn = self._random.integers(s.suite.actions, size=len(frames))
-        lengths = np.minimum(self._random.zipf(s.persistence, size=len(frames)), _LONGEST)
-        self._held = np.where(begin, drawn, self._held)
-        self._hold = np.where(begin, lengths, self._hold)
-        actions = np.where(self._hold > 0, self._held, self.best(frames, self.task))
-        self._hold = np.maximum(self._hold - 1, 0)
-        return actions
+        """Return an action for each copy: the best one, or one to explore by."""
+        return self._exploration.instead_of(self.best(frames, self.task), self.task)
 
     @torch.no_grad()
     def best(self, frames: Frames, task: int) -> NDArray[np.int64]:
@@ -109,7 +92,7 @@ class Agent:
         s = self.settings
         self._target = deepcopy(self.network)
         self._lookahead.clear()
-        self._held, self._hold = np.zeros((2, s.copies), np.int64)  # actions, and steps to go
+        self._exploration.let_go()
         if self.task not in self._replays:
             self._replays[self.task] = Replay(s.capacity, s.suite.frame)
         self._replay = self._replays[self.task]

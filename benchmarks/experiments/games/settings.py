@@ -57,6 +57,10 @@ class Settings:
         """The games in the order of their turns."""
         return self.games * self.visits
 
+    def updates(self, played: int) -> int:
+        """Return how many updates there are after a step of all copies, ``played`` frames on."""
+        return (played + self.copies) // self.update_every - played // self.update_every
+
     def of_one(self, game: str) -> Settings:
         """Return those of an agent that plays this game alone, for as many frames."""
         return replace(
