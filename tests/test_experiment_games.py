@@ -26,6 +26,8 @@ from ewc_fast.experiments.games.scales import Scale, summary
 from ewc_fast.experiments.games.settings import ATARI_QUICK, QUICK, Kind
 from ewc_fast.experiments.games.worlds import ALE, MINATAR, Step, Worlds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = replace(
     QUICK,
     games=("breakout", "space_invaders", "freeway"),
@@ -293,7 +295,9 @@ def test_penalties_of_all_other_tasks_hold_each_around_its_own_parameters():
 
 
 def test_epsilon_has_a_timer_for_each_task():
-    agent = Agent(replace(TINY, explore=80, greedy_from=81, least_epsilon=0.0), 0.0, seed=0)
+    agent = Agent(
+        replace(TINY, explore=80, greedy_from=81, least_epsilon=0.0, persistence=20.0), 0.0, seed=0
+    )
     frames = np.zeros((8, *MINATAR.frame), np.uint8)
     drawn = np.array([agent.act(frames) for _ in range(10)])
     greedy = agent.best(frames, 0)

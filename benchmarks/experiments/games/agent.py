@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ewc_fast import EWC, EWCOptimizer
 
+from .exploration import Exploration
 from .network import QNetwork
 from .protection import Protection, of_action
 from .replay import Lookahead, Replay, Transitions
@@ -39,7 +40,7 @@ class Agent:
         self._random = np.random.default_rng([seed, 1])
         self._replays: dict[int, Replay] = {}
         self._lookahead = Lookahead(settings.lookahead, settings.discount)
-        self._played = dict.fromkeys(range(settings.tasks), 0)  # frames: a timer for each task
+        self._exploration = Exploration(settings, self._random)
         self._updates = 0
         self._protection = Protection(self.network) if strength else None
         self._strength = strength
@@ -53,14 +54,8 @@ class Agent:
         self._begin()
 
     def act(self, frames: Frames) -> NDArray[np.int64]:
-        """Return an action for each copy: the best one, or with probability epsilon any."""
-        s = self.settings
-        played = self._played[self.task]
-        self._played[self.task] += len(frames)
-        epsilon = np.interp(played, [s.explore, s.greedy_from], [1, s.least_epsilon])
-        explored = self._random.random(len(frames)) < epsilon
-        drawn = self._random.integers(s.suite.actions, size=len(frames))
-        return np.where(explored, drawn, self.best(frames, self.task))
+        """Return an action for each copy: the best one, or one to explore by."""
+        return self._exploration.instead_of(self.best(frames, self.task), self.task)
 
     @torch.no_grad()
     def best(self, frames: Frames, task: int) -> NDArray[np.int64]:
@@ -97,6 +92,7 @@ class Agent:
         s = self.settings
         self._target = deepcopy(self.network)
         self._lookahead.clear()
+        self._exploration.let_go()
         if self.task not in self._replays:
             self._replays[self.task] = Replay(s.capacity, s.suite.frame)
         self._replay = self._replays[self.task]

@@ -60,8 +60,9 @@ def _draw_game(
     style = {"color": INK, "linewidth": 0.9}
     panel.axhline(scale.expert, linestyle=(0, (4, 3)), label="the game learned alone", **style)
     panel.axhline(scale.random, linestyle=(0, (1, 2)), label="random play", **style)
-    for start, end in _turns(settings, game):
-        panel.axvspan(start, end, color=FAINT, alpha=0.5, linewidth=0, zorder=0)
+    for turn, (start, end) in enumerate(_turns(settings, game)):
+        label = None if turn else "its turns"
+        panel.axvspan(start, end, color=FAINT, alpha=0.5, linewidth=0, zorder=0, label=label)
     _title(panel, game.replace("_", " "), "score", settings)
 
 

@@ -86,9 +86,8 @@ def play(job: Job) -> Run:
         for until in _evaluated_at(settings):
             for played in until:
                 diary.note(game, _move(agent, labels, worlds, game))
-                if played % settings.update_every < settings.copies:
-                    for _ in range(max(1, settings.copies // settings.update_every)):
-                        agent.learn()
+                for _ in range(settings.updates(played)):
+                    agent.learn()
             diary.evaluate()
     return diary.run()
 

@@ -25,7 +25,7 @@ class Settings:
     block: int  # frames of a game before the next one's turn
     visits: int  # times that it is a game's turn
     seeds: int = 3
-    strengths: tuple[float, ...] = (10.0, 100.0, 1000.0)  # lambda: tried on a seed of their own
+    strengths: tuple[float, ...] = (30.0, 300.0, 3000.0)  # lambda: tried on a seed of their own
     search_block: int = 15_000
     tasks: int = 6  # biases and gains that there are
     # the agent
@@ -40,7 +40,8 @@ class Settings:
     target_period: int = 100  # updates
     explore: int = 2_000  # frames of a task at epsilon = 1, which then falls
     greedy_from: int = 15_000  # until here, in proportion
-    least_epsilon: float = 0.02
+    persistence: float = 2.0  # exponent: how soon an action that is tried out is let go
+    least_epsilon: float = 0.01
     minibatches: int = 100  # for the Fisher information
     # who infers labels
     window: int = 4  # observations, of all copies
@@ -55,6 +56,10 @@ class Settings:
     def sequence(self) -> tuple[str, ...]:
         """The games in the order of their turns."""
         return self.games * self.visits
+
+    def updates(self, played: int) -> int:
+        """Return how many updates there are after a step of all copies, ``played`` frames on."""
+        return (played + self.copies) // self.update_every - played // self.update_every
 
     def of_one(self, game: str) -> Settings:
         """Return those of an agent that plays this game alone, for as many frames."""
@@ -96,6 +101,7 @@ ATARI = Settings(
     learn_after=50_000,
     learning_rate=2.5e-4,
     lookahead=1,
+    persistence=10.0,  # one step: each is four frames
     target_period=7_500,
     explore=50_000,
     greedy_from=1_000_000,

@@ -93,11 +93,12 @@ class _MinAtar(World):
     """Ten by ten pixels, a binary channel for each kind of object; those it lacks are empty."""
 
     def __init__(self, game: str, seed: int, suite: Suite) -> None:
+        before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it misses seaborn at import, to draw windows with
         try:
             from minatar.environment import Environment
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
         self._game = Environment(game)
         self._game.seed(seed)
         self._shape = suite.frame
