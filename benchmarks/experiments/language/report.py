@@ -139,7 +139,8 @@ def _trade(panel: Axes, tried: Tried) -> None:
     for method, scores in tried.items():
         without = tried[_WITHOUT.get(method, method)][0.0]
         first, second = zip(without, *scores.values(), strict=True)
-        panel.plot(first, second, color=_COLOURS[method], marker="o", markersize=4, lw=1.4)
+        look = {"color": _COLOURS[method], "lw": 1.4, "zorder": 3 if method in _ALONE else 2}
+        panel.plot(first, second, marker="o", markersize=4, **look)
         for ewc_lambda, point in scores.items():
             if method not in _ALONE:
                 panel.annotate(
