@@ -139,7 +139,8 @@ def _trade(panel: Axes, tried: Tried) -> None:
     for method, scores in tried.items():
         without = tried[_WITHOUT.get(method, method)][0.0]
         first, second = zip(without, *scores.values(), strict=True)
-        panel.plot(first, second, color=_COLOURS[method], marker="o", markersize=4, lw=1.4)
+        colour, order = _COLOURS[method], 3 if method in _ALONE else 2
+        panel.plot(first, second, color=colour, zorder=order, marker="o", markersize=4, lw=1.4)
         for ewc_lambda, point in scores.items():
             if method not in _ALONE:
                 panel.annotate(
@@ -148,7 +149,7 @@ def _trade(panel: Axes, tried: Tried) -> None:
                     xytext=(4, 3),
                     textcoords="offset points",
                     fontsize=7,
-                    color=_COLOURS[method],
+                    color=colour,
                 )
     panel.set_xscale("log")
     panel.set_yscale("log")
