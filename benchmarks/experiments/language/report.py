@@ -126,13 +126,12 @@ def _over_training(panel: Axes, study: Study, domain: int) -> None:
     settings = study.settings
     steps = [settings.second_steps * n / settings.points for n in range(settings.points + 1)]
     for method, curves in study.curves.items():
-        runs = [[point[domain] for point in curve] for curve in curves]
+        # of each seed's own start: seeds differ more in how good their first model is
+        runs = [[point[domain] / curve[0][domain] for point in curve] for curve in curves]
         dashes = {"linestyle": (0, (3, 2))} if method == JOINT else {}
         figures.curve(panel, steps, runs, colour=_COLOURS[method], label=method, **dashes)
     panel.set_xlabel("steps on code")
-    panel.set_ylabel(f"perplexity a byte on {DOMAINS[domain]}")
-    panel.set_yscale("log")
-    _plain_ticks(panel, "y")
+    panel.set_ylabel(f"perplexity on {DOMAINS[domain]}, in units of its start")
 
 
 def _trade(panel: Axes, tried: Tried) -> None:
@@ -143,11 +142,13 @@ def _trade(panel: Axes, tried: Tried) -> None:
         panel.plot(first, second, color=colour, zorder=order, marker="o", markersize=4, lw=1.4)
         for ewc_lambda, point in scores.items():
             if method not in _ALONE:
+                left = method == GRADIENT  # its curve runs to the left of the others
                 panel.annotate(
                     f"{ewc_lambda:g}",
                     point,
-                    xytext=(4, 3),
+                    xytext=(-5, -6) if left else (4, 3),
                     textcoords="offset points",
+                    ha="right" if left else "left",
                     fontsize=7,
                     color=colour,
                 )
