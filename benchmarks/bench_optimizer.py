@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from floor import StepFloor
 from harness import MismatchError, Provider, Result, Timings, measure, script
 from layouts import Shape, layout
 from torch import Tensor, nn
@@ -38,15 +39,19 @@ class Kind:
 
     theirs: Callable[..., Optimizer]
     ours: Callable[..., Optimizer]
+    written: int  # tensors of the parameters' size that a step writes
 
 
 OPTIMIZERS = {
     "SGD with momentum": Kind(
-        partial(torch.optim.SGD, lr=LR, momentum=0.9), partial(optim.SGD, lr=LR, momentum=0.9)
+        partial(torch.optim.SGD, lr=LR, momentum=0.9),
+        partial(optim.SGD, lr=LR, momentum=0.9),
+        written=2,
     ),
     "AdamW": Kind(
         partial(torch.optim.AdamW, lr=LR, weight_decay=0.0),
         partial(optim.AdamW, lr=LR, weight_decay=0.0),
+        written=3,
     ),
 }
 
@@ -69,12 +74,12 @@ def suite(quick: bool, only: Sequence[str] = ()) -> Result:
 def _timings(kind: Kind, elements: int, seconds: float) -> Timings:
     """Time what competes at one size, five calls a turn where the operands fit the caches.
 
-    At 1e8 elements a model takes up to 3 GB: there only PyTorch's fused step and ours compete.
+    At 1e8 elements a model takes up to 3 GB: there only PyTorch's fused step, ours and bare loops.
     """
     large, small = elements > 10_000_000, elements < 1_000_000
     steps = _builders(kind)
     names = [ALONE, *(name for name in steps if name.startswith("inside"))] if large else steps
-    competing = providers(kind, layout("list", elements), names)
+    competing = providers(kind, layout("list", elements), names) | floors(kind, elements)
     return measure(competing, seconds=seconds, calls=5 if small else 1)
 
 
@@ -85,6 +90,26 @@ def providers(
     builders = _builders(kind)
     models = {name: SteppedModel(shapes, kind, *builders[name]) for name in names or builders}
     return {name: Provider(model.step, model.check) for name, model in models.items()}
+
+
+def floors(kind: Kind, elements: int) -> dict[str, Provider]:
+    """Return bare loops over one flat tensor for each operand, without a penalty and with one."""
+    written = [torch.zeros(elements) for _ in range(kind.written)]
+    read = [torch.full((elements,), 0.25 * (index + 1)) for index in range(3)]
+    loops = {"bare loop, alone": read[:1], "bare loop, with Fisher and anchor": read}
+
+    def check(floor: StepFloor, addends: Sequence[Tensor]) -> None:
+        before = written[0][-1].item()
+        floor()
+        want = 0.5 * before + sum(addend[-1].item() for addend in addends)
+        if any(abs(tensor[-1].item() - want) > TOLERANCE * want for tensor in written):
+            raise MismatchError(f"the bare loop did not make {want} of {before}")
+
+    found = {}
+    for name, addends in loops.items():
+        floor = StepFloor(written, addends)
+        found[name] = Provider(floor, partial(check, floor, addends))
+    return found
 
 
 def _builders(kind: Kind) -> dict[str, tuple[Build, Mode | None]]:

@@ -1,4 +1,4 @@
-"""Compiles and calls floor.c, the bare loop that the penalty's bandwidth is measured against."""
+"""Compiles and calls floor.c, the bare loops that bandwidths are measured against."""
 
 from __future__ import annotations
 
@@ -51,6 +51,33 @@ class Floor:
         self._function(*self._arguments)
 
 
+class StepFloor:
+    """The floor of an optimizer's step: reads and writes some flat float32 tensors, reads others.
+
+    Two or three are ``written`` (parameters, moments), one or three are ``read`` (the gradient,
+    perhaps Fisher and anchor); each written one becomes half of itself plus the sum of those read.
+    """
+
+    def __init__(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+        if len(written) not in (2, 3) or len(read) not in (1, 3):
+            raise ValueError("the floor of a step writes two or three tensors, reads one or three")
+        self._operands = written, read  # the addresses below are valid as long as these are
+        self._function = _library().step_traffic
+        outs, ins = (
+            _array(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors])
+            for tensors in self._operands
+        )
+        self._arguments = (
+            *(outs, ctypes.c_int(len(written)), ins, ctypes.c_int(len(read))),
+            ctypes.c_int64(written[0].numel()),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+
+    def __call__(self) -> None:
+        """Move the bytes."""
+        self._function(*self._arguments)
+
+
 def _array(kind: type[ctypes.c_void_p | ctypes.c_int64], values: Sequence[int]) -> object:
     return (kind * len(values))(*values)
 
@@ -64,7 +91,7 @@ def _library() -> ctypes.CDLL:
         built = Path(folder) / "floor.so"
         subprocess.run([compiler, *FLAGS, "-o", built, SOURCE], check=True)
         library = ctypes.CDLL(str(built))
-    library.add_penalty_grad.restype = None
+    library.add_penalty_grad.restype = library.step_traffic.restype = None
     _require_one_openmp_runtime()
     return library
 
