@@ -7,7 +7,7 @@ task labels given; EWC with labels inferred from the frames by a forget-me-not p
 agent without EWC, labels given. All have the paper's double Q-learning, replay, timers of
 exploration, biases and gains for each task, and one network of 67,000 weights for all tasks.
 
-Protocol: blocks of 24,000 frames; Fisher information from 100 minibatches of the replay where a
+Protocol: blocks of 60,000 frames; Fisher information from 100 minibatches of the replay where a
 task is left, one penalty per task, by the proximal mode. Lambda is chosen on a shorter sequence, of
 another seed. Scores are normalised so that random play is 0 and 1 is an agent of the same size that
 has learned this game alone for as many frames. ``--suite ale`` plays Atari's games by the paper's

@@ -25,8 +25,8 @@ class Settings:
     block: int  # frames of a game before the next one's turn
     visits: int  # times that it is a game's turn
     seeds: int = 3
-    strengths: tuple[float, ...] = (30.0, 300.0, 3000.0)  # lambda: tried on a seed of their own
-    search_block: int = 15_000
+    strengths: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)  # lambda: tried on a seed of their own
+    search_block: int = 30_000
     tasks: int = 6  # biases and gains that there are
     # the agent
     copies: int = 8
@@ -76,7 +76,7 @@ class Settings:
         return replace(self, block=self.search_block, visits=1, evaluations=3)
 
 
-FULL = Settings(MINATAR, games=("freeway", "breakout", "space_invaders"), block=24_000, visits=2)
+FULL = Settings(MINATAR, games=("freeway", "breakout", "space_invaders"), block=60_000, visits=2)
 QUICK = replace(
     FULL,
     block=2_400,
