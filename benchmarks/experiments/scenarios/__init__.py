@@ -28,9 +28,9 @@ task. It never sees digits of two tasks side by side, so it can't learn to tell 
 that is the question, in class-incremental learning, EWC alone fails, as all such penalties do; it
 takes replay, or another way to compare old and new classes.
 
-Lambda is chosen for each method, problem and column by the accuracy on validation images, with a
-seed of its own (other pairs of digits, other permutations, other first weights); on 500 images that
-is a choice to within a decade.
+Lambda is chosen for each method, problem and column by the accuracy on validation images, with two
+seeds of its own (other pairs of digits, other permutations, other first weights); on 500 images
+that is a choice to within a decade.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ METHODS = (
     FINE_TUNING,
     PLAIN_EWC,
     Method("SI", "si", lambdas=(1e0, 1e1, 1e2, 1e3, 1e4)),
-    Method("MAS", "mas", lambdas=(1e-2, 1e-1, 1e0, 1e1, 1e2)),
+    Method("MAS", "mas", lambdas=(1e-3, 1e-2, 1e-1, 1e0, 1e1)),
     JOINT,
 )
 
@@ -80,7 +80,7 @@ class Settings:
     problems: tuple[Problem, ...] = (SPLIT, PERMUTED)
     methods: tuple[Method, ...] = METHODS
     seeds: int = 3
-    choosing: tuple[int, ...] = (100,)  # seeds that lambda is chosen on
+    choosing: tuple[int, ...] = (100, 101)  # seeds that lambda is chosen on
     width: int = 100
     batch: int = 100
     lr: float = 1e-3
