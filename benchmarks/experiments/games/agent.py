@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import huber_loss
 from torch.optim import Optimizer
 
 from ewc_fast import EWC, EWCOptimizer
@@ -19,6 +19,8 @@ from .protection import Protection, of_action
 from .replay import Lookahead, Replay, Transitions
 from .settings import Settings
 from .worlds import Frames, Step
+
+_LEAST_VARIANCE = 1e-4  # of a task whose targets were all met: nothing is certain
 
 
 class Agent:
@@ -49,7 +51,10 @@ class Agent:
     def switch(self, task: int) -> None:
         """Leave a task for another: what the old one needs is from now on kept."""
         if self._protection is not None and self._ready(self._replay):
-            self._protection.memorise(self.task, self._minibatches())
+            batches = self._minibatches()
+            errors = torch.cat([self._errors(batch) for batch in batches])
+            variance = max(errors.square().mean().item(), _LEAST_VARIANCE)
+            self._protection.memorise(self.task, batches, variance)
         self.task = task
         self._begin()
 
@@ -76,16 +81,19 @@ class Agent:
         """Take one step on a minibatch of the task's replay, once there is enough in it."""
         if not self._ready(self._replay):
             return
-        batch = self._replay.sample(self.settings.batch, self._random)
-        discount = self.settings.discount**self.settings.lookahead
-        targets = double_q_targets(batch, self.network, self._target, self.task, discount)
-        values = of_action(self.network(batch.states, self.task), batch.actions)
+        errors = self._errors(self._replay.sample(self.settings.batch, self._random))
         self._optimizer.zero_grad()
-        smooth_l1_loss(values, targets).backward()  # its gradient is the error, clipped at 1
+        huber_loss(errors, torch.zeros_like(errors)).backward()  # its gradient: errors up to 1
         self._optimizer.step()
         self._updates += 1
         if self._updates % self.settings.target_period == 0:
             self._target.load_state_dict(self.network.state_dict())
+
+    def _errors(self, batch: Transitions) -> Tensor:
+        """Return how far the values of the actions taken are above their targets."""
+        discount = self.settings.discount**self.settings.lookahead
+        targets = double_q_targets(batch, self.network, self._target, self.task, discount)
+        return of_action(self.network(batch.states, self.task), batch.actions) - targets
 
     def _begin(self) -> None:
         """Start a task: moments and target network are those of no other."""

@@ -1,13 +1,16 @@
 r"""EWC for Q-learning: what each task needs, measured where it is left, one penalty for each.
 
-The likelihood is that of the loss: :math:`Q(s, a)` is the mean of a Gaussian of unit variance
-around which the target scatters, for the action a that was taken in s. So, over transitions drawn
-from the task's replay,
+The likelihood is that of the loss: :math:`Q(s, a)` is the mean of a Gaussian around which the
+target y scatters, for the action a that was taken in s. So, over transitions drawn from the task's
+replay,
 
-.. math:: F_i = E_{(s, a)}\left[\left(
-    \frac{\partial Q(s, a)}{\partial \theta_i}\right)^2\right]
+.. math:: F_i = \frac{1}{\sigma^2} E_{(s, a)}\left[\left(
+    \frac{\partial Q(s, a)}{\partial \theta_i}\right)^2\right], \qquad
+    \sigma^2 = E\left[(y - Q(s, a))^2\right]
 
-exactly, without targets, by one backward pass. (The paper does not name its likelihood. A softmax
+exactly, by one backward pass. The variance is the task's own, its most likely value: where rewards
+are rare, small differences of values decide, and with the same variance for all games such a game's
+penalty is too weak by orders of magnitude. (The paper does not name its likelihood. A softmax
 policy would be another, but values that are not log-probabilities have no scale for it.)
 """
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import EWC, fisher_diagonal
+from ewc_fast.fisher import Gaussian
 
 from .network import QNetwork
 from .replay import Transitions
@@ -40,15 +44,18 @@ class Protection:
         self._network = network
         self._kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
-    def memorise(self, task: int, minibatches: Sequence[Transitions]) -> None:
-        """Measure what the task needs of the network as it is now."""
+    def memorise(self, task: int, minibatches: Sequence[Transitions], variance: float) -> None:
+        """Measure what the task needs of the network as it is now.
+
+        ``variance`` is that of the targets around the values, sigma squared.
+        """
 
         def values(network: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
             states, actions = inputs
             return of_action(network(states, task), actions)
 
         data = [((batch.states, batch.actions),) for batch in minibatches]
-        fisher = fisher_diagonal(self._network, data, likelihood="gaussian", forward=values)
+        fisher = fisher_diagonal(self._network, data, likelihood=Gaussian(variance), forward=values)
         self._kept[task] = fisher, self._parameters()
 
     def of_all_but(self, task: int, strength: float) -> EWC:

@@ -25,7 +25,7 @@ class Settings:
     block: int  # frames of a game before the next one's turn
     visits: int  # times that it is a game's turn
     seeds: int = 3
-    strengths: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0, 300.0)  # lambda: tried on a seed of their own
+    strengths: tuple[float, ...] = (0.3, 3.0, 30.0, 300.0)  # lambda: tried on a seed of their own
     search_block: int = 30_000
     tasks: int = 6  # biases and gains that there are
     # the agent
