@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,8 @@ def test_the_exit_code_of_an_experiment_is_whether_its_claims_held(held, code, m
 
 @pytest.mark.parametrize("name", experiments.ALL)
 def test_every_experiment_is_a_module_with_run_that_takes_its_options(name):
-    source = Path(experiments.__file__).parent / f"{name.replace('-', '_')}.py"
-    path = source if source.exists() else source.with_suffix("") / "__init__.py"
-    statements = ast.parse(path.read_text()).body
-    functions = {each.name: each for each in statements if isinstance(each, ast.FunctionDef)}
-    run = functions["run"]
-    assert [argument.arg for argument in run.args.args] == ["options"]
+    module = import_module(f"ewc_fast.experiments.{name.replace('-', '_')}")
+    assert list(signature(module.run).parameters) == ["options"]
     options = cli._parser().parse_args(["experiment", name])
     assert set(vars(options)) <= {"command", "name", *vars(experiments.Options(out=Path()))}
 
