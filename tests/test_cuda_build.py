@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 INSTANCES = 2 * 7  # for few rows and for many, of each dtype of parameters and Fisher
 READING = 2 * 10  # the same with a Fisher in 8 bits too, which is only read
-STEPS = 2 * 11  # of each dtype of parameters, Fisher and moments
+STEPS = 2 * 11 * 2  # of each dtype of parameters, Fisher and moments, without a path and with one
 OPERATIONS = {  # by source, and the widest accesses of each operation that reads; that writes
     "penalty": {"AddPenaltyGrad": (128, 64), "Penalty": (128, 0), "PenaltyGrad": (128, 64)},
     "accumulate_square": {"AccumulateSquare": (128, 64)},
@@ -142,12 +143,13 @@ def test_float_steps_move_all_operands_16_bytes_at_a_time_and_load_before_they_c
 ):
     if compiled.source != "optimizer":
         pytest.skip("no optimizer")
-    for name, (read, written) in ALL_THERE.items():
-        of_floats = [c for c in kernels[name] if "9StepTypesIfffE" in c.split(maxsplit=1)[0]]
+    for (name, (read, written)), path in product(ALL_THERE.items(), (0, 1)):
+        kind = f"9StepTypesIfffEELb{path}E"
+        of_floats = [c for c in kernels[name] if kind in c.split(maxsplit=1)[0]]
         assert len(of_floats) == 2
         for code in of_floats:
-            assert len(re.findall(r"\bSTG\.E\.128\b", code)) == written
+            assert len(re.findall(r"\bSTG\.E\.128\b", code)) == written + path
             loads = [place.start() for place in re.finditer(r"\bLDG\.E\.128\b", code)]
-            assert len(loads) == read
+            assert len(loads) == read + path
             between = code[loads[0] : loads[-1]]  # all on their way before the first is waited for
             assert not re.search(r"\b(FFMA|FMUL|FADD|BRA|STG)\b", between)

@@ -43,9 +43,10 @@ struct StepSettings {
 
 // 80 registers (128 of double) hold a step of one thread; aiming at four blocks, ptxas spilled.
 // Three blocks have 3 * 256 * 112 bytes of loads on their way, where an H200 needs some 30 KB to
-// keep its memory busy.
-template <class C>
-constexpr int kStepBlocks = sizeof(C) == 8 ? 2 : 3;
+// keep its memory busy. Doubles with a path need more than 128 registers: on sm_100 two blocks made
+// Adam spill.
+template <class C, bool Path>
+constexpr int kStepBlocks = sizeof(C) == 4 ? 3 : Path ? 1 : 2;
 
 template <class Types, bool Path>
 struct Adam {
@@ -54,7 +55,7 @@ struct Adam {
   using Row = StepRow<Types, 3, Path>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
-  static constexpr int kResident = kStepBlocks<C>;
+  static constexpr int kResident = kStepBlocks<C, Path>;
 
   Around<C> around;
   double ewc_lambda;
@@ -91,7 +92,7 @@ struct Sgd {
   using Row = StepRow<Types, 1, Path>;
   static constexpr int kOperands = kStepCount;
   static constexpr int kPack = kPackOf<typename Types::T, typename Types::M, C>;
-  static constexpr int kResident = kStepBlocks<C>;
+  static constexpr int kResident = kStepBlocks<C, Path>;
 
   Around<C> around;
   double ewc_lambda;
