@@ -46,7 +46,9 @@ struct StepSettings {
 // keep its memory busy. Doubles with a path need more than 128 registers: on sm_100 two blocks made
 // Adam spill.
 template <class C, bool Path>
-constexpr int kStepBlocks = sizeof(C) == 4 ? 3 : Path ? 1 : 2;
+constexpr int kStepBlocks = sizeof(C) == 4 ? 3
+                            : Path         ? 1
+                                           : 2;
 
 template <class Types, bool Path>
 struct Adam {
