@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ewc_fast import _checks
+from ewc_fast.strength import Strength
 
 __all__ = ["LoRAPenalty", "LowRankDelta", "lora_deltas"]
 
@@ -73,7 +74,7 @@ class LowRankDelta:
         return self.lora_a.requires_grad or self.lora_b.requires_grad
 
 
-class LoRAPenalty:
+class LoRAPenalty(Strength):
     r"""The penalty :math:`\frac\lambda2 \sum F \circ (s B A)^2` of all adapted layers.
 
     Arithmetic is in float32 (float64 for float64 factors), sums of the value are in float64,
@@ -111,21 +112,6 @@ class LoRAPenalty:
         self.ewc_lambda = ewc_lambda
 
     @property
-    def ewc_lambda(self) -> float:
-        """Strength of the penalty; assign at any time."""
-        return self._ewc_lambda
-
-    @ewc_lambda.setter
-    def ewc_lambda(self, value: float) -> None:
-        self._ewc_lambda = _checks.non_negative("ewc_lambda", value)
-        self._graph_lambda = torch.tensor(self._ewc_lambda, dtype=torch.float64, device="cpu")
-
-    @property
-    def _strength(self) -> float | Tensor:
-        """The strength; in ``torch.compile`` a tensor, so that a graph holds for every value."""
-        return self._graph_lambda if torch.compiler.is_compiling() else self._ewc_lambda
-
-    @property
     def deltas(self) -> dict[str, LowRankDelta]:
         """The adapted layers' changes by name."""
         return dict(self._deltas)
@@ -133,7 +119,7 @@ class LoRAPenalty:
     def penalty(self) -> Tensor:
         """Return the penalty, a float64 scalar differentiable once in all A and B."""
         values = [_sum_of_squares(delta) for delta in self._deltas.values() if delta.moves]
-        return 0.5 * self._strength * _total(values)
+        return 0.5 * self.strength * _total(values)
 
     @torch.no_grad()
     def add_penalty_grad_(self) -> Tensor:
@@ -148,8 +134,8 @@ class LoRAPenalty:
                 value, *halves = _with_half_gradients(delta.fisher, delta.scaling, *factors)
                 values.append(value)
                 for factor, half in zip(factors, halves, strict=True):
-                    _add_to_gradient(factor, self._strength * half)
-        return 0.5 * self._strength * _total(values)
+                    _add_to_gradient(factor, self.strength * half)
+        return 0.5 * self.strength * _total(values)
 
 
 def _total(values: list[Tensor]) -> Tensor:

@@ -15,13 +15,14 @@ from ewc_fast._encoded import active_springs
 from ewc_fast._springs import ActiveSprings, Spring
 from ewc_fast.formats import Storage, StorageName
 from ewc_fast.importance import ActivePath, PathIntegral
+from ewc_fast.strength import Strength
 
 FORMAT = 2  # of states with a Fisher in 8 bits; all others are of format 1
 
 Self = TypeVar("Self", bound="EWCState")
 
 
-class EWCState:
+class EWCState(Strength):
     """The state of :class:`~ewc_fast.EWC`, which measures and applies it."""
 
     def __init__(
@@ -54,24 +55,6 @@ class EWCState:
         self.track(model)
 
     # What can be read and set
-
-    @property
-    def ewc_lambda(self) -> float:
-        """Strength of the penalty; assign at any time, also from a schedule."""
-        return self._ewc_lambda
-
-    @ewc_lambda.setter
-    def ewc_lambda(self, value: float) -> None:
-        self._ewc_lambda = _checks.non_negative("ewc_lambda", value)
-        self._graph_lambda = torch.tensor(self._ewc_lambda, dtype=torch.float64, device="cpu")
-
-    @property
-    def strength(self) -> float | Tensor:
-        """The strength as operations take it: inside ``torch.compile`` a tensor.
-
-        So a compiled graph holds for every value, and a schedule of lambda recompiles nothing.
-        """
-        return self._graph_lambda if torch.compiler.is_compiling() else self._ewc_lambda
 
     @property
     def gamma(self) -> float:

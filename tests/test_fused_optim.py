@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 
 import pytest
 import torch
+from fused_optimizers import PAIRS, consolidated, largest_gap, parameters, set_gradients, tensors_of
 from torch import nn
 
 from ewc_fast import EWC, EWCOptimizer, reference
 from ewc_fast.optim import SGD, Adam, AdamW
 
-PAIRS = {Adam: torch.optim.Adam, AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
 GRID = [
     pytest.param(Adam, {}, id="adam"),
     pytest.param(Adam, {"weight_decay": 0.1, "amsgrad": True}, id="adam-coupled-amsgrad"),
@@ -34,53 +33,6 @@ GRID = [
     pytest.param(SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, id="sgd-nesterov"),
 ]
 STEPS = 1000
-SHAPES = [(33, 7), (7,), (), (0,), (2, 3, 4, 5)]
-
-
-def parameters(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
-    return [nn.Parameter(p.to(dtype)) for p in made]
-
-
-def set_gradients(params, step, dtype=None):
-    generator = torch.Generator().manual_seed(step)
-    for p in params:
-        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.grad = grad.to(dtype or p.dtype).to(p.dtype)
-
-
-def consolidated(params, ewc_lambda=0.5, bfloat16=False):
-    ewc = EWC([(str(i), p) for i, p in enumerate(params)], ewc_lambda=ewc_lambda)
-    generator = torch.Generator().manual_seed(99)
-    ewc.consolidate_from(
-        {str(i): torch.rand(p.shape, generator=generator).to(p) for i, p in enumerate(params)}
-    )
-    with torch.no_grad():
-        for p in params:
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
-    return ewc
-
-
-def tensors_of(optimizer):
-    """Every tensor that a step changes, by a readable name."""
-    found = {}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        found[f"param {i}"] = p.detach()
-        for name, value in optimizer.state.get(p, {}).items():
-            found[f"{name} {i}"] = value
-    return found
-
-
-def largest_gap(found, exact):
-    """The largest error, as a share of the largest value of its tensor."""
-    gaps = [
-        ((value.double() - exact[name].double()).abs().max() / exact[name].abs().max()).item()
-        for name, value in found.items()
-        if value.numel()
-    ]
-    return max(gaps)
 
 
 def assert_equal_but_for_rounding(optimizer, other, steps):
@@ -333,36 +285,6 @@ def test_the_state_of_a_scheduler_survives_a_larger_strength_and_a_new_task():
     torch.testing.assert_close(params[0].detach(), anchor[0])
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda p: Adam(p, lr=-1.0), ValueError, "learning rate"),
-        (lambda p: Adam(p, mode="both"), ValueError, "mode"),
-        (lambda p: Adam(p, ewc="strong"), TypeError, "ewc"),
-        (lambda p: Adam(p, differentiable=True), ValueError, "differentiable"),
-        (lambda p: Adam(p, master_weights=True, stochastic_rounding=True), ValueError, "stochas"),
-        (lambda p: SGD(p, nesterov=True), ValueError, "[Nn]esterov"),
-        (lambda p: SGD(p, ewc=consolidated(parameters())), ValueError, "none of the parameters"),
-        (lambda p: AdamW(p, banana=1), TypeError, "banana"),
-    ],
-)
-def test_wrong_arguments_are_refused(make, error, message):
-    with pytest.raises(error, match=message):
-        make(parameters())
-
-
-@pytest.mark.parametrize("kind", PAIRS)
-def test_sparse_gradients_are_refused_and_nothing_is_written(kind):
-    dense, table = nn.Parameter(torch.ones(3)), nn.Embedding(5, 2, sparse=True)
-    optimizer = kind([{"params": [dense]}, {"params": table.parameters()}])
-    dense.grad = torch.ones(3)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    assert torch.equal(dense, torch.ones(3))
-    assert not optimizer.state
-
-
 def test_odd_layouts_take_the_same_step():
     base = torch.randn(8, 6, dtype=torch.float64)
     ours = [nn.Parameter(base.clone().t()), nn.Parameter(base.clone()[:, ::2])]
@@ -375,87 +297,3 @@ def test_odd_layouts_take_the_same_step():
             optimizer.step()
     for one, other_param in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other_param, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", PAIRS)
-def test_master_copies_follow_float32_training(kind, dtype):
-    half, full = parameters(dtype), [nn.Parameter(p.detach().float()) for p in parameters(dtype)]
-    options = {"lr": 1e-4} | ({"momentum": 0.9} if kind is SGD else {})
-    optimizer = kind(half, master_weights=True, **options)
-    exact = kind(full, **options)
-    for step in range(50):
-        set_gradients(half, step)
-        for p, q in zip(half, full, strict=True):
-            q.grad = p.grad.float()
-        optimizer.step()
-        exact.step()
-    for p, q in zip(half, full, strict=True):
-        assert torch.equal(optimizer.state[p]["master"], q.detach())
-        assert torch.equal(p, q.detach().to(dtype))
-    resumed = kind(half, master_weights=True, **options)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for name, value in tensors_of(optimizer).items():
-        assert torch.equal(tensors_of(resumed)[name], value)
-        assert tensors_of(resumed)[name].dtype == value.dtype
-
-
-def test_rounding_by_chance_keeps_updates_that_nearest_loses():
-    """Steps of 2^-12 from 1: bfloat16 has nothing between 1 and 1 + 2^-7."""
-    results = {}
-    for by_chance in (False, True):
-        torch.manual_seed(0)
-        param = nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
-        optimizer = SGD([param], lr=2.0**-12, stochastic_rounding=by_chance)
-        for _ in range(100):
-            param.grad = -torch.ones_like(param)
-            optimizer.step()
-        results[by_chance] = param.detach().float().mean().item()
-    assert results[False] == 1.0
-    # Each of 100 steps goes up 2^-7 with probability 2^-5: the mean's standard deviation is 1e-4.
-    assert abs(results[True] - (1 + 100 * 2.0**-12)) < 5e-4
-
-
-@pytest.mark.parametrize(
-    ("dtype", "amsgrad"), list(itertools.product([torch.bfloat16, torch.float16], [False, True]))
-)
-def test_half_precision_loses_no_more_than_pytorchs_fused_step(dtype, amsgrad):
-    ours = Adam(parameters(dtype), lr=0.01, amsgrad=amsgrad)
-    theirs = torch.optim.Adam(parameters(dtype), lr=0.01, amsgrad=amsgrad, fused=True)
-    start = [nn.Parameter(p.detach().double()) for p in parameters(dtype)]
-    exact = torch.optim.Adam(start, lr=0.01, amsgrad=amsgrad, foreach=False)
-    for step in range(10):
-        for optimizer in (ours, theirs, exact):
-            set_gradients(optimizer.param_groups[0]["params"], step, dtype)
-            optimizer.step()
-    allowed = 1.5 * largest_gap(tensors_of(theirs), tensors_of(exact)) + torch.finfo(dtype).eps
-    assert largest_gap(tensors_of(ours), tensors_of(exact)) <= allowed
-
-
-WRONG = {
-    "lr": lambda group: group.update(lr=-1.0),
-    "nan": lambda group: group.update(lr=torch.tensor(float("nan"))),
-    "weight_decay": lambda group: group.update(weight_decay=-1.0),
-    "overflow": lambda group: group.update(lr=3e38),
-    "kind": lambda group: group["params"].append(nn.Parameter(torch.ones(2, dtype=torch.cfloat))),
-}
-
-
-@pytest.mark.parametrize("mode", ["gradient", "proximal"])
-@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG.keys())
-@pytest.mark.parametrize("kind", PAIRS)
-def test_what_is_wrong_in_a_later_group_stops_all_of_them(kind, spoil, mode):
-    params = parameters()
-    options = {"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}
-    groups = [{"params": params[:2]}, {"params": params[2:]}]
-    optimizer = kind(groups, lr=0.01, ewc=consolidated(params, 100.0), mode=mode, **options)
-    spoil(optimizer.param_groups[1])
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        p.grad = torch.ones_like(p)
-    params[-1].grad = None
-    before = [p.detach().clone() for p in params]
-    with pytest.raises((TypeError, ValueError)):
-        optimizer.step()
-    assert not optimizer.state
-    assert optimizer.last_penalty is None
-    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -54,9 +54,11 @@ MAY_IMPORT = {
     "fisher": {"functional", "products", "sums", "_checks"},
     "flat": {"_checks", "_native"},
     "drift": {"_springs", "_checks"},
-    "lora": {"_checks"},
+    "strength": {"_checks"},
+    "lora": {"strength", "_checks"},
     "importance": {"fisher", "_checks"},
     "state": {
+        "strength",
         "importance",
         "persistence",
         "_encoded",
